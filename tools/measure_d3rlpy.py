@@ -1,0 +1,86 @@
+"""Gradient steps a second of d3rlpy's discrete CQL and BC and of kalm's, in turns on one core of the same machine.
+
+d3rlpy 2.8.1 pins gymnasium 1.0.0, so it lives in a virtual environment of its own:
+
+    python3 -m venv /tmp/d3 && /tmp/d3/bin/pip install torch==2.13.0 d3rlpy==2.8.1
+    .venv/bin/python tools/measure_d3rlpy.py --theirs /tmp/d3/bin/python --out results/d3rlpy_speed.json
+
+The two take turns, round by round, each in a process with one thread (OMP_NUM_THREADS=1) pinned to one core, because other work may share
+the machine: the ratio of a round is fair, a figure by itself is noisy. Both train the paper's network (256-256) on the same number of inputs.
+"""
+import argparse, json, os, platform, subprocess, sys, time
+from datetime import datetime, timezone
+from pathlib import Path
+
+CASES = [("cql", 778, 32), ("cql", 394, 32), ("cql", 778, 256), ("bc", 778, 100)]  # algorithm, inputs, batch size
+STATE = 10
+
+
+def theirs(algorithm: str, inputs: int, batch: int, steps: int) -> float:
+    "d3rlpy's `fit`, no logging, no progress bar."
+    import d3rlpy, numpy as np, torch
+    torch.set_num_threads(1)
+    rng, n = np.random.default_rng(0), 10_000
+    data = d3rlpy.dataset.MDPDataset(rng.normal(size=(n, inputs)).astype(np.float32), rng.integers(0, 40, (n, 1)), rng.normal(size=(n, 1)).astype(np.float32),
+                                     (np.arange(n) % 5 == 4).astype(np.float32), action_space=d3rlpy.ActionSpace.DISCRETE)
+    if algorithm == "cql":
+        config = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, learning_rate=6.25e-5, alpha=10., target_update_interval=8000, gamma=.99)
+    else: config = d3rlpy.algos.DiscreteBCConfig(batch_size=batch, learning_rate=1e-3, beta=.5)
+    model = config.create(device=False); model.build_with_dataset(data)
+    fit = lambda k: model.fit(data, n_steps=k, n_steps_per_epoch=k, logger_adapter=d3rlpy.logging.NoopAdapterFactory(), show_progress=False)
+    fit(50); start = time.perf_counter(); fit(steps)
+    return steps / (time.perf_counter() - start)
+
+
+def ours(algorithm: str, inputs: int, batch: int, steps: int) -> float:
+    "`kalm`'s fit, as the benchmark notebook times it."
+    from kalm.cql import CQL
+    from kalm.offline import BC, steps_per_second, synthetic_replay
+    return steps_per_second({"cql": CQL, "bc": BC}[algorithm](batch_size=batch), synthetic_replay(inputs - STATE), steps)
+
+
+def child(python: str, side: str, case: tuple, steps: int, core: int | None) -> float:
+    "One measurement in a fresh process."
+    env = os.environ | {f"{k}_NUM_THREADS": "1" for k in ("OMP", "MKL", "OPENBLAS")} | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    pin = ["taskset", "-c", str(core)] if core is not None else []
+    done = subprocess.run([*pin, python, __file__, "--one", side, *map(str, case), str(steps)], env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"{side} {case} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> dict:
+    "What it ran on."
+    model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return dict(cpu=model, cores=os.cpu_count(), system=platform.platform(), python=platform.python_version())
+
+
+def versions(python: str, packages: list[str]) -> dict:
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages}}}))"
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--theirs", metavar="PYTHON", help="the interpreter of d3rlpy's environment")
+    p.add_argument("--out", default="results/d3rlpy_speed.json"); p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--steps", type=int, default=1000); p.add_argument("--core", type=int, default=None, help="pin both to this core")
+    p.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        side, algorithm, inputs, batch, steps = a.one
+        print({"theirs": theirs, "ours": ours}[side](algorithm, int(inputs), int(batch), int(steps))); return
+    if not a.theirs: p.error("--theirs: the interpreter of an environment with d3rlpy is needed")
+    rows = []
+    for case in CASES:
+        rounds = [(child(a.theirs, "theirs", case, a.steps, a.core), child(sys.executable, "ours", case, a.steps, a.core), os.getloadavg()[0]) for _ in range(a.rounds)]
+        ratio = sorted(o / t for t, o, _ in rounds)[len(rounds) // 2]
+        rows.append(dict(algorithm=case[0], inputs=case[1], batch=case[2], d3rlpy=[round(t, 1) for t, *_ in rounds], kalm=[round(o, 1) for _, o, _ in rounds],
+                         median_ratio=round(ratio, 2), load=[round(l, 2) for *_, l in rounds]))
+        print(rows[-1], flush=True)
+    report = dict(what="gradient steps a second, in turns, one thread each" + (f", both pinned to core {a.core}" if a.core is not None else ""), measured=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+                  machine=machine(), steps=a.steps, d3rlpy=versions(a.theirs, ["d3rlpy", "torch", "numpy"]), kalm=versions(sys.executable, ["torch", "numpy"]), rows=rows)
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(a.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
