@@ -165,10 +165,10 @@ def test_bad_input(make, message):
 # ---------------------------------------------------------------- network and policy
 
 def test_goal_part_equals_one_layer_on_the_concatenation():
-    net = GoalMLP(6, torch_rng(0, "w"), goal_scale=3.)
+    net = GoalMLP(6, torch_rng(0, "w"))
     s, e = torch.randn(5, 10, generator=torch_rng(1)), torch.randn(5, 6, generator=torch_rng(2))
     w = torch.cat([net.state.weight, net.goal.weight], 1)
-    h = (torch.cat([s, 3 * e], 1) @ w.T + net.state.bias).relu()
+    h = (torch.cat([s, e], 1) @ w.T + net.state.bias).relu()
     torch.testing.assert_close(net(s, e), net.out(net.hidden(h).relu()))
     assert w.abs().max() <= 1 / 4 and net.hidden.weight.abs().max() <= 1 / 16  # the concatenation's fan-in, 16, rules both parts
 
