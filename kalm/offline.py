@@ -353,10 +353,10 @@ def _open_run(out: Path, config: dict, learner: Learner, rng: torch.Generator, s
     else: save_json(out/"config.json", config)
     if learner.steps > steps: raise ValueError(f"{out} already holds {learner.steps} steps, {steps} were asked for: choose another folder")
     rows = read_csv(curve)
-    if any(int(r["step"]) > learner.steps for r in rows):
-        curve.unlink()
-        for r in rows:
-            if int(r["step"]) <= learner.steps: append_csv(curve, r)
+    keep = [r for r in rows if int(r["step"]) <= learner.steps]   # steps after the checkpoint are about to be taken again
+    if len(keep) < len(rows):
+        with atomic_write(curve) as tmp:
+            for r in keep: append_csv(tmp, r)
 
 def train(algorithm,                  # BC(...) or CQL(...): settings, `batch_size`, and `learner(buffer, seed)`
           buffer: Replay, *,
@@ -444,7 +444,8 @@ def synthetic_replay(encoding_dim: int, # E
     return Replay([(rollouts, goals)], encodings=[rng.normal(size=(len(goals), encoding_dim)).astype(np.float32)], device=device)
 
 def steps_per_second(algorithm, buffer: Replay, steps: int = 500) -> float:
-    "Gradient steps a second of `algorithm.fit`, one thread on a CPU, after a warm-up."
+    "Gradient steps a second of `algorithm.fit` after a warm-up; on a CPU (one thread) a second of processor time, so that a busy machine does not blur it."
+    clock = time.process_time if buffer.device.type == "cpu" else time.perf_counter
     algorithm.fit(buffer, steps=50)
-    start = time.perf_counter(); algorithm.fit(buffer, steps=steps)
-    return steps / (time.perf_counter() - start)
+    start = clock(); algorithm.fit(buffer, steps=steps)
+    return steps / (clock() - start)
