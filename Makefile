@@ -1,0 +1,42 @@
+# Two commands for a fresh machine with Python 3.11 or 3.12, git and make: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quick
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS ?= ignore
+
+help:  ## what each target does
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|'
+
+install: $(VENV)/.installed  ## virtual environment with the pinned packages (the other targets do this by themselves)
+
+$(VENV)/.installed: constraints.txt settings.ini setup.py
+	@echo "== installing into $(VENV): once, a few minutes"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kalm needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r constraints.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: install  ## the quick preset from data to figures, under 15 minutes on two cores; continues where it stopped
+	@echo "== kalm run --preset quick --out $(OUT)"
+	@$(BIN)/kalm run --preset quick --out $(OUT)
+
+test: install  ## package in step with notebooks, pytest, every notebook top to bottom
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q tests
+	@echo "== notebooks"
+	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --timing
+
+export: install  ## write kalm/*.py and README.md from the notebooks
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@$(BIN)/python tools/readme.py
+
+lab: install  ## open the notebooks
+	@$(BIN)/jupyter lab nbs
+
+clean:  ## remove the virtual environment and caches of this folder (runs are kept)
+	rm -rf $(VENV) .pytest_cache build *.egg-info
+
+.PHONY: help install run test export lab clean

@@ -1,0 +1,19 @@
+"Write README.md from nbs/index.ipynb; `--check` only says whether they agree."
+import re, sys
+from pathlib import Path
+
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def readme() -> str:
+    "The index notebook as Markdown, with pictures found from the top of the repository and nbdev's directives left out."
+    text, _ = MarkdownExporter(exclude_output_prompt=True, exclude_input_prompt=True).from_filename(ROOT/"nbs"/"index.ipynb")
+    text = re.sub(r"```python\n#\| hide\n.*?```\n", "", text, flags=re.S)
+    text = re.sub(r"^#\| .*\n", "", text, flags=re.M).replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/')
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+if __name__ == "__main__":
+    path = ROOT/"README.md"
+    if "--check" in sys.argv: sys.exit(0 if path.read_text(encoding="utf-8") == readme() else "README.md differs from nbs/index.ipynb: run `make export`")
+    path.write_text(readme(), encoding="utf-8")
