@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUBSTEPS', 'REACH', 'REST_Z', 'N_PHYSICS', 'START', 'APART', 'APART_AXIS', 'TABLE', 'MAX_STEP', 'DEFAULT_GOAL',
-           'WALLS', 'OBSERVATIONS', 'model_xml', 'load_model', 'states_of', 'physics_of', 'Simulator', 'initial_states',
-           'gl_backend', 'can_render', 'render_states', 'ClevrRobotEnv', 'ClevrRobotVectorEnv']
+           'WALLS', 'OBSERVATIONS', 'model_xml', 'load_model', 'states_of', 'physics_of', 'Simulator', 'replay',
+           'initial_states', 'gl_backend', 'can_render', 'render_states', 'ClevrRobotEnv', 'ClevrRobotVectorEnv']
 
-# %% ../nbs/02_env.ipynb #48e9e912
+# %% ../nbs/02_env.ipynb #2afc4bde
 import atexit
 import operator
 import os
@@ -33,7 +33,7 @@ from mujoco import rollout
 
 from .goals import COLOURS, DIRECTIONS, SUCCESS_REWARD, Goal, reward_rows, success_rows
 
-# %% ../nbs/02_env.ipynb #8ac0c505
+# %% ../nbs/02_env.ipynb #7a259c15
 SUBSTEPS = 40       # timesteps of 0.01 s that one action takes
 REACH = 0.15        # metres from a ball's centre to where the agent starts its push, for a direction of length 1
 REST_Z = -0.195     # height of a ball's centre when it lies on the table, metres
@@ -44,7 +44,7 @@ def model_xml() -> str:
     "The scene as XML, from the installed package."
     return resources.files("kalm").joinpath("assets", "clevr_robot.xml").read_text(encoding="utf-8")
 
-# %% ../nbs/02_env.ipynb #29ddaaa3
+# %% ../nbs/02_env.ipynb #b9b1b072
 @lru_cache(maxsize=None)
 def load_model() -> mujoco.MjModel:  # shared by everything in the process: treat it as read-only
     "The compiled scene, the agent's inverse weight as MuJoCo 2 computed it."
@@ -55,7 +55,7 @@ def load_model() -> mujoco.MjModel:  # shared by everything in the process: trea
     model.body_invweight0[agent, 0] = 2 / 3 * inverse[0]
     return model
 
-# %% ../nbs/02_env.ipynb #1c0c5d9b
+# %% ../nbs/02_env.ipynb #e2497fc3
 def states_of(
     physics, # (..., 69) qpos then qvel
 ) -> np.ndarray: # (..., 10) float32, metres
@@ -81,7 +81,7 @@ def _finite(x, width, name):
     if not np.isfinite(x).all(): raise ValueError(f"{name} contain NaN or infinite values: expected finite numbers; mask or drop those rows")
     return x
 
-# %% ../nbs/02_env.ipynb #f5b02374
+# %% ../nbs/02_env.ipynb #9cd31664
 _OFFSETS = REACH * DIRECTIONS  # (8, 2) from where the agent starts to the ball's centre
 
 def _push(data, action):
@@ -97,7 +97,7 @@ def _load(data, physics):
     "Put 69 numbers into an `MjData`, in place."
     data.qpos[:], data.qvel[:] = physics[:37], physics[37:]
 
-# %% ../nbs/02_env.ipynb #71a064ed
+# %% ../nbs/02_env.ipynb #4947d4ea
 def _cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -109,7 +109,7 @@ def _actions(actions, shape, name="actions"):
     if ((a < 0) | (a > 39)).any(): raise ValueError(f"{name} out of range: got {a.min()} to {a.max()}, expected 0 to 39 (ball * 8 + direction)")
     return a.astype(np.int64)
 
-# %% ../nbs/02_env.ipynb #e552229b
+# %% ../nbs/02_env.ipynb #3b140b38
 class Simulator:
     "The physics as a function of a batch of states and actions, on a pool of threads."
     def __init__(self,
@@ -152,7 +152,24 @@ class Simulator:
             after[rows] = path[:, -1, 1:]
         return after
 
-# %% ../nbs/02_env.ipynb #5479b7c9
+# %% ../nbs/02_env.ipynb #85fb4ef6
+def replay(self: Simulator,
+    states, # (B, 10) where the balls lie at rest, metres
+    actions, # (B, T) int; a row ends at its first -1
+) -> np.ndarray: # (B, T+1, 10) float32, the real states; the last one is repeated after the end
+    "What really happens when `actions` are carried out from `states`."
+    physics, actions = physics_of(states), np.asarray(actions)
+    out = np.repeat(states_of(physics)[:, None], actions.shape[1] + 1, 1)
+    rows = np.arange(len(out))
+    for t in range(actions.shape[1]):
+        on = actions[rows, t] >= 0; rows, physics = rows[on], physics[on]
+        if not len(rows): break
+        physics = self.step(physics, actions[rows, t])
+        out[rows, t + 1:] = states_of(physics)[:, None]
+    return out
+Simulator.replay = replay
+
+# %% ../nbs/02_env.ipynb #c15bca1a
 START = np.array([[-0.5, -0.3], [0.5, 0.5]], np.float32)  # lowest and highest (x, y) of a start, metres
 APART, APART_AXIS = 0.36, 0.01  # least distance of two centres, and least distance on each axis, metres
 
@@ -178,11 +195,11 @@ def initial_states(
         have += len(found[-1])
     return np.concatenate(found)[:n].reshape(n, 10).astype(np.float32)
 
-# %% ../nbs/02_env.ipynb #bcbb83dd
+# %% ../nbs/02_env.ipynb #9dfe6df0
 TABLE = np.array([[-0.5, -0.3], [0.5, 0.58]])  # lowest and highest (x, y) that a ball's centre takes in real rollouts, metres
 MAX_STEP = 0.5  # the furthest a ball moves in one step in real rollouts, metres
 
-# %% ../nbs/02_env.ipynb #af8867e8
+# %% ../nbs/02_env.ipynb #35fd2390
 _BACKENDS = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl", "glfw")}.get(sys.platform, ("glfw",))
 _NO_GL = ("drawing needs OpenGL without a screen, and none works here: install EGL (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri) "
           "or OSMesa (apt-get install libosmesa6); to insist on one, set MUJOCO_GL=egl or osmesa. Everything except drawing works without it.")
@@ -203,7 +220,7 @@ def can_render() -> bool:
     "Whether pictures can be drawn here."
     return gl_backend() is not None
 
-# %% ../nbs/02_env.ipynb #63530061
+# %% ../nbs/02_env.ipynb #2a05a839
 class _Camera:
     "Draws physics from the front of the table; one for each size of picture."
     def __init__(self, height, width):
@@ -237,7 +254,7 @@ class _Camera:
     def close(self):
         if self.gl is not None: self.context.free(); self.gl.free(); self.gl = None
 
-# %% ../nbs/02_env.ipynb #9b5d577b
+# %% ../nbs/02_env.ipynb #cc5e6224
 @lru_cache(maxsize=None)
 def _camera(height, width, pid): return _Camera(height, width)
 
@@ -254,10 +271,10 @@ def render_states(
     "Pictures of states; `gymnasium.error.DependencyNotInstalled` where there is no OpenGL."
     physics = physics_of(states)
     if physics.ndim != 2: raise ValueError(f"states of shape {np.shape(states)}: expected (N, 10); for one picture give states[None]")
-    if agents is not None: physics[:, _AGENT_Q] = _finite(agents, 2, "agents")
+    physics[:, _AGENT_Q] = 5. if agents is None else _finite(agents, 2, "agents")  # far away, its shadow stays out of the picture too
     return _draw(physics, size, agent=agents is not None)
 
-# %% ../nbs/02_env.ipynb #f3bd9473
+# %% ../nbs/02_env.ipynb #2c9997a0
 DEFAULT_GOAL = Goal.move("red", "blue", "behind")
 WALLS = np.array([[-0.6, -0.3], [0.6, 0.7]], np.float32)  # lowest and highest (x, y) inside the walls, metres
 OBSERVATIONS = tuple(f"{colour} {axis}" for colour in COLOURS for axis in "xy")
@@ -278,7 +295,7 @@ def _options(options, allowed):
     if unknown := set(options) - set(allowed): raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}: one of {', '.join(allowed)}")
     return options
 
-# %% ../nbs/02_env.ipynb #f98ca4a3
+# %% ../nbs/02_env.ipynb #b70dfa40
 def _explicit(states=None, physics=None, shape=()):
     "Physics of the given shape from an explicit start, checked; None if there is none."
     if states is None and physics is None: return None
@@ -298,7 +315,7 @@ def _start(goal, rng):
         state = initial_states(1, rng)[0]
         if not goal.success(state, start=state): return state
 
-# %% ../nbs/02_env.ipynb #e8121125
+# %% ../nbs/02_env.ipynb #f5f446a3
 class ClevrRobotEnv(gym.Env):
     "CLEVR-Robot with one goal at a time. Observation: ball positions, float32 (10,), metres. Action: ball * 8 + direction."
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
@@ -349,7 +366,7 @@ class ClevrRobotEnv(gym.Env):
         "A picture of the scene as it is, (H, W, 3) uint8; None without render_mode."
         if self.render_mode == "rgb_array": return _draw(self.physics[None], self.size)[0]
 
-# %% ../nbs/02_env.ipynb #456174fe
+# %% ../nbs/02_env.ipynb #48f4a1dc
 class _Rows(VectorEnv):
     "What each row of a batch pursues and how it draws."
     def _asked_goals(self, goal, goals):
@@ -382,7 +399,7 @@ class _Rows(VectorEnv):
         goals[:] = self.goals
         return {"success": success, "_success": all_rows, "goal": goals, "_goal": all_rows.copy()}
 
-# %% ../nbs/02_env.ipynb #5899cd76
+# %% ../nbs/02_env.ipynb #9373863a
 class ClevrRobotVectorEnv(_Rows):
     "B CLEVR-Robots that step together: `gym.make_vec(..., vectorization_mode='vector_entry_point')`."
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5, "autoreset_mode": AutoresetMode.NEXT_STEP}
