@@ -1,17 +1,18 @@
-"""Gradient steps a second of d3rlpy's discrete CQL and BC and of kalm's, in turns on one core of the same machine.
+"""Gradient steps a second of d3rlpy's discrete CQL and BC and of kalm's, in turns on the same machine.
 
 d3rlpy 2.8.1 pins gymnasium 1.0.0, so it lives in a virtual environment of its own:
 
     python3 -m venv /tmp/d3 && /tmp/d3/bin/pip install torch==2.13.0 d3rlpy==2.8.1
     .venv/bin/python tools/measure_d3rlpy.py --theirs /tmp/d3/bin/python --out results/d3rlpy_speed.json
 
-The two take turns, round by round, each in a process with one thread (OMP_NUM_THREADS=1) pinned to one core. Other work may share the machine, so a
+The two take turns, round by round, each in a process with one thread (OMP_NUM_THREADS=1). Other work may share the machine, so a
 "second" is a second of the process's own processor time (time.process_time); with one thread that is what an idle machine's clock would show, but for shared caches.
 Both train the paper's network (256-256) on the same number of inputs, and `fit` is timed whole: sampling, losses, Adam, logging.
 """
 import argparse, json, os, platform, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 CASES = [("cql", 778, 32), ("cql", 394, 32), ("cql", 778, 256), ("bc", 778, 100)]  # algorithm, inputs, batch size
 STATE = 10
@@ -40,13 +41,13 @@ def ours(algorithm: str, inputs: int, batch: int, steps: int) -> float:
     return steps_per_second({"cql": CQL, "bc": BC}[algorithm](batch_size=batch), synthetic_replay(inputs - STATE), steps)
 
 
-def child(python: str, side: str, case: tuple, steps: int, core: int | None) -> float:
-    "One measurement in a fresh process."
+def child(python: str, side: str, steps: int, core: int | None) -> list[float]:
+    "One round of one side: every case, in a fresh process."
     env = os.environ | {f"{k}_NUM_THREADS": "1" for k in ("OMP", "MKL", "OPENBLAS")} | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     pin = ["taskset", "-c", str(core)] if core is not None else []
-    done = subprocess.run([*pin, python, __file__, "--one", side, *map(str, case), str(steps)], env=env, capture_output=True, text=True)
-    if done.returncode: sys.exit(f"{side} {case} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.strip().splitlines()[-1])
+    done = subprocess.run([*pin, python, __file__, "--one", side, "--steps", str(steps)], env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def machine() -> dict:
@@ -65,21 +66,21 @@ def main() -> None:
     p.add_argument("--theirs", metavar="PYTHON", help="the interpreter of d3rlpy's environment")
     p.add_argument("--out", default="results/d3rlpy_speed.json"); p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=400); p.add_argument("--core", type=int, default=None, help="pin both to this core")
-    p.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    p.add_argument("--one", choices=["theirs", "ours"], help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.one:
-        side, algorithm, inputs, batch, steps = a.one
-        print({"theirs": theirs, "ours": ours}[side](algorithm, int(inputs), int(batch), int(steps))); return
+    if a.one: print(json.dumps([{"theirs": theirs, "ours": ours}[a.one](*case, a.steps) for case in CASES])); return
     if not a.theirs: p.error("--theirs: the interpreter of an environment with d3rlpy is needed")
+    rounds, loads = [], []
+    for _ in range(a.rounds):
+        rounds.append((child(a.theirs, "theirs", a.steps, a.core), child(sys.executable, "ours", a.steps, a.core))); loads.append(round(os.getloadavg()[0], 1))
+        print(rounds[-1], flush=True)
     rows = []
-    for case in CASES:
-        rounds = [(child(a.theirs, "theirs", case, a.steps, a.core), child(sys.executable, "ours", case, a.steps, a.core), os.getloadavg()[0]) for _ in range(a.rounds)]
-        ratio = sorted(o / t for t, o, _ in rounds)[len(rounds) // 2]
-        rows.append(dict(algorithm=case[0], inputs=case[1], batch=case[2], d3rlpy=[round(t, 1) for t, *_ in rounds], kalm=[round(o, 1) for _, o, _ in rounds],
-                         median_ratio=round(ratio, 2), load=[round(l, 2) for *_, l in rounds]))
-        print(rows[-1], flush=True)
+    for i, case in enumerate(CASES):
+        t, o = ([round(r[side][i], 1) for r in rounds] for side in (0, 1))
+        rows.append(dict(algorithm=case[0], inputs=case[1], batch=case[2], d3rlpy=t, kalm=o, median_ratio=round(median(y / x for x, y in zip(t, o)), 2)))
+        print(rows[-1])
     report = dict(what="gradient steps a second of processor time, in turns, one thread each" + (f", both pinned to core {a.core}" if a.core is not None else ""), measured=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                  machine=machine(), steps=a.steps, d3rlpy=versions(a.theirs, ["d3rlpy", "torch", "numpy"]), kalm=versions(sys.executable, ["torch", "numpy"]), rows=rows)
+                  machine=machine(), steps=a.steps, load=loads, d3rlpy=versions(a.theirs, ["d3rlpy", "torch", "numpy"]), kalm=versions(sys.executable, ["torch", "numpy"]), rows=rows)
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     Path(a.out).write_text(json.dumps(report, indent=1) + "\n")
 
