@@ -1,0 +1,230 @@
+"The command line from nothing to figures: whole, in stages, stopped, repeated, and given nonsense."
+import hashlib
+import shutil
+import time
+from concurrent.futures import Future
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kalm.data
+import kalm.grounding
+import kalm.offline
+import kalm.pipeline as pipeline
+from conftest import python, same_rollouts
+from kalm.core import Rollouts, load_json, read_csv
+from kalm.evaluate import RESULT_COLUMNS
+from kalm.goals import LEVELS
+from kalm.pipeline import PRESETS, STAGES, jobs, main
+
+SMOKE = ["--preset", "smoke", "--out"]
+KALM = ["-c", "import sys; from kalm.pipeline import main; sys.exit(main())"]
+
+def files(folder, *parts):
+    "Content of every file below `folder` (or below its `parts`), by path; locks left out."
+    roots = [folder/p for p in parts] or [folder]
+    found = [f for r in roots for f in ([r] if r.is_file() else r.rglob("*")) if f.is_file() and not f.name.endswith(".lock")]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in found}
+
+def only_error(capsys):
+    "The single line on stderr."
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("kalm: "), lines
+    return lines[0]
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    "`kalm run --preset smoke` in a process of its own."
+    out = tmp_path_factory.mktemp("runs")/"first"
+    return python(*KALM, "run", *SMOKE, str(out)), out
+
+@pytest.fixture(scope="module")
+def whole(first):
+    done, out = first
+    if done.returncode: pytest.fail(done.stderr)
+    return out
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    "A finished run to spoil."
+    return shutil.copytree(whole, tmp_path/"run")
+
+
+# ---------------------------------------------------------------- end to end
+
+def test_run_ends_well_and_says_what_it_did(first):
+    done, _ = first
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert [f"[{i}/{len(STAGES)}] {name}" in done.stdout for i, name in enumerate(STAGES, 1)] == [True] * 6
+    for method in ("random", "expert", "bc", "bc+kalm", "cql", "cql+kalm"): assert method in done.stdout   # the comparison table
+
+def test_results_are_complete(whole):
+    rows, p = read_csv(whole/"results.csv"), PRESETS["smoke"]
+    assert tuple(rows[0]) == RESULT_COLUMNS
+    methods = {"random", "expert"} | {a + s for a in p.steps for s in ("", "+kalm")}
+    assert sorted((r["method"], r["level"]) for r in rows) == sorted((m, l) for m in methods for l in LEVELS)
+    for r in rows:
+        assert int(r["episodes"]) == p.episodes and 0 <= int(r["successes"]) <= p.episodes and float(r["rate"]) == pytest.approx(int(r["successes"]) / p.episodes, abs=1e-6)
+        assert r["preset"] == "smoke" and r["config"] == load_json(whole/"config.json")["config"] and float(r["low"]) <= float(r["rate"]) <= float(r["high"])
+    rate = {(r["method"], r["level"]): float(r["rate"]) for r in rows}
+    assert rate["expert", "offline"] > .8 > .5 > rate["random", "offline"]   # the judge judges
+
+def test_every_stage_left_its_files(whole):
+    p = PRESETS["smoke"]
+    config = load_json(whole/"config.json"); assert config["settings"]["name"] == "smoke" and config["versions"]["torch"] and "commit" in config
+    assert len(Rollouts.load(whole/"data"/"rollouts.npz")) == p.rollouts and (whole/"data"/"goals.json").exists()
+    assert {"kalm.json", "model.safetensors", "log.csv", "state.safetensors"} <= {f.name for f in (whole/"grounded").iterdir()}
+    for level, n in p.imagined.items():
+        folder = whole/"imagined"/level; r, counts, q = Rollouts.load(folder/"rollouts.npz"), load_json(folder/"filtered.json"), load_json(folder/"quality.json")
+        assert counts["rollouts"] == q["rollouts"] == n == len(r) + counts["dropped"] and (r.source == 1).all() and r.lengths.max() <= p.imagine_steps
+    for algorithm, mix, seed in jobs(p): assert list((whole/"policies"/f"{algorithm}-{mix}-{seed}").glob("step-*/policy.safetensors"))
+
+def test_figures_are_pictures(whole):
+    pictures = [f for f in (whole/"figures").iterdir() if f.suffix in (".png", ".gif")]
+    assert len(pictures) >= 2
+    for f in pictures: assert f.read_bytes()[:4] in (b"\x89PNG", b"GIF8") and f.stat().st_size > 2000
+
+def test_nothing_half_written_lies_about(whole): assert not [f for f in whole.rglob("*") if ".tmp" in f.name or f.name.startswith(".stage")]
+
+def test_a_second_run_does_nothing_new(whole, capsys, monkeypatch):
+    work = ("data", "grounded", "imagined", "policies", "results.csv", "config.json"); before = files(whole)
+    times = {f: (whole/f).stat().st_mtime_ns for f in files(whole, *work)}
+    def again(*a, **k): raise AssertionError("done a second time")
+    for name in ("ground", "generate", "train_one"): monkeypatch.setattr(pipeline, name, again)
+    for name in ("_play", "_shards"): monkeypatch.setattr(kalm.data, name, again)
+    monkeypatch.setattr("kalm.evaluate.evaluate", again)
+    assert main(["run", *SMOKE, str(whole)]) == 0, capsys.readouterr().err
+    assert {f: (whole/f).stat().st_mtime_ns for f in times} == times
+    after = files(whole); assert after.keys() == before.keys()
+    assert {f for f in after if after[f] != before[f]} <= set(files(whole, "figures"))   # figures may be drawn again
+
+
+# ---------------------------------------------------------------- stages and interruptions
+
+def test_a_stage_alone(tmp_path, capsys):
+    assert main(["collect", *SMOKE, str(tmp_path/"run")]) == 0
+    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["config.json", "data"] and "[1/1] collect" in capsys.readouterr().out
+
+def test_a_stage_repairs_its_own_output_only(copy):
+    before = files(copy); shutil.rmtree(copy/"imagined"/"easy")
+    assert main(["imagine", *SMOKE, str(copy)]) == 0
+    after = files(copy); assert {k: v for k, v in after.items() if "shards" not in k} == {k: v for k, v in before.items() if "shards" not in k}
+
+def test_no_time_stops_cleanly(tmp_path, capsys):
+    assert main(["run", *SMOKE, str(tmp_path/"run"), "--max-minutes", "1e-9"]) == 0
+    out = capsys.readouterr().out; assert "time limit" in out and "continues" in out and list(files(tmp_path/"run")) == ["config.json"]
+
+class Clock:
+    "A clock that moves only when it is looked at, some seconds a look; the rest is `time`."
+    def __init__(self, seconds): self.now, self.seconds = 0., seconds
+    def monotonic(self): self.now += self.seconds; return self.now
+    def __getattr__(self, name): return getattr(time, name)
+
+class Here:
+    "A pool whose processes are this one."
+    def __init__(self, *a, **k): pass
+    def __enter__(self): return self
+    def __exit__(self, *a): pass
+    def submit(self, f, *args):
+        future = Future(); future.set_result(f(*args))
+        return future
+
+def comparable(out):
+    "What has to be equal, whenever and however often a run was stopped."
+    tensors = {str(f.relative_to(out)): load_file(f) for f in out.rglob("*.safetensors") if f.parent.name != "tensorboard"}
+    tables = {str(f.relative_to(out)): [{k: v for k, v in r.items() if k not in ("seconds", "commit")} for r in read_csv(f)] for f in out.rglob("*.csv")}
+    tables["results.csv"].sort(key=lambda r: (r["method"], r["level"], r["seed"]))
+    jsons = {str(f.relative_to(out)): load_json(f) for name in ("quality.json", "filtered.json", "goals.json", "kalm.json", "policy.json") for f in out.rglob(name)}
+    return tensors, tables, jsons, {str(f.relative_to(out)): Rollouts.load(f) for f in out.rglob("rollouts.npz")}
+
+def test_stopped_again_and_again_equals_undisturbed(whole, tmp_path, capsys, monkeypatch):
+    out, stopped = tmp_path/"run", []
+    for module, seconds in ((pipeline, 6), (kalm.data, 6), (kalm.grounding, 60), (kalm.offline, 15)): monkeypatch.setattr(module, "time", Clock(seconds))
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", Here)
+    while True:
+        assert main(["run", *SMOKE, str(out), "--max-minutes", "4"]) == 0, capsys.readouterr().err
+        text = capsys.readouterr().out
+        if "time limit" not in text: break
+        stopped.append(next(name for name in reversed(STAGES) if f"] {name}" in text))
+        assert len(stopped) < 60, f"no progress: {stopped[-5:]}"
+    assert {"ground", "train", "evaluate"} <= set(stopped)   # in the middle of these at least
+    for a, b in zip(comparable(whole), comparable(out)):
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], Rollouts): assert same_rollouts(a[name], b[name]), name
+            elif name.endswith(".safetensors"): assert a[name].keys() == b[name].keys() and all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
+            else: assert a[name] == b[name], name
+
+def test_interrupted_by_hand(tmp_path, capsys, monkeypatch):
+    def press(run):
+        "Press Ctrl-C."
+        raise KeyboardInterrupt
+    monkeypatch.setitem(pipeline.STAGES, "ground", press)
+    assert main(["run", *SMOKE, str(tmp_path/"run")]) == 130
+    assert "continues" in capsys.readouterr().err and (tmp_path/"run"/"data"/"rollouts.npz").exists()
+
+
+# ---------------------------------------------------------------- nonsense
+
+@pytest.mark.parametrize("argv", [["run", "--preset", "huge"], ["fly"], [], ["run", "--seed", "x"], ["run", "--max-minutes", "soon"]], ids=str)
+def test_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2 and "usage: kalm" in capsys.readouterr().err
+
+def test_an_unknown_preset_lists_the_known(capsys):
+    with pytest.raises(SystemExit): main(["run", "--preset", "huge"])
+    err = capsys.readouterr().err; assert all(name in err for name in PRESETS)
+
+@pytest.mark.parametrize("options, words", [(["--seed", "-1"], "--seed -1"), (["--max-minutes", "0"], "--max-minutes 0"), (["--max-minutes", "-3"], "--max-minutes -3")], ids=str)
+def test_bad_numbers_leave_no_folder(options, words, tmp_path, capsys):
+    assert main(["run", *SMOKE, str(tmp_path/"run"), *options]) == 1
+    assert words in only_error(capsys) and not (tmp_path/"run").exists()
+
+@pytest.mark.parametrize("options", [["--seed", "1"], ["--preset", "quick"], ["--backbone", "other"]], ids=str)
+def test_other_settings_in_the_same_folder(options, whole, capsys):
+    before = files(whole)
+    assert main(["run", *SMOKE, str(whole), *options]) == 1
+    assert "other settings" in (line := only_error(capsys)) and "--out" in line and files(whole) == before
+
+@pytest.mark.parametrize("stage, needs", [("ground", "collect"), ("imagine", "ground"), ("train", "collect"), ("evaluate", "train"), ("figures", "evaluate")])
+def test_a_missing_earlier_stage_is_named(stage, needs, tmp_path, capsys):
+    assert main([stage, *SMOKE, str(tmp_path/"run")]) == 1
+    assert f"kalm {needs}" in only_error(capsys)
+
+def test_training_without_imagination_names_the_stage(whole, tmp_path, capsys):
+    shutil.copytree(whole/"data", tmp_path/"run"/"data"); shutil.copy(whole/"config.json", tmp_path/"run")
+    assert main(["train", *SMOKE, str(tmp_path/"run")]) == 1
+    assert "kalm imagine" in only_error(capsys)
+
+@pytest.mark.parametrize("path, stage, redo", [
+    ("data/rollouts.npz", "ground", ["grounded"]), ("data/rollouts.npz", "train", ["policies"]), ("data/goals.json", "train", ["policies"]),
+    ("grounded/model.safetensors", "imagine", ["imagined"]), ("grounded/kalm.json", "imagine", ["imagined"]), ("imagined/easy/rollouts.npz", "train", ["policies"])])
+def test_a_truncated_file_is_one_line_and_nothing_is_lost(path, stage, redo, copy, capsys):
+    for name in redo: shutil.rmtree(copy/name)
+    (copy/path).write_bytes((copy/path).read_bytes()[:150]); before = files(copy)
+    assert main([stage, *SMOKE, str(copy)]) == 1
+    assert path.split("/")[-1] in only_error(capsys)
+    after = files(copy); assert {k: after.get(k) for k in before} == before
+
+def test_a_truncated_policy_is_one_line(copy, capsys):
+    f = next((copy/"policies").glob("cql-all-0/step-*/policy.safetensors")); f.write_bytes(f.read_bytes()[:150]); (copy/"results.csv").unlink()
+    assert main(["evaluate", *SMOKE, str(copy)]) == 1
+    assert "policy.safetensors" in only_error(capsys)
+
+def test_collecting_again_mends_truncated_data(copy):
+    before = files(copy); f = copy/"data"/"rollouts.npz"; f.write_bytes(f.read_bytes()[:150])
+    assert main(["run", *SMOKE, str(copy)]) == 0
+    after = files(copy); assert {k for k in before if after.get(k) != before[k]} <= set(files(copy, "figures"))
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}'])
+def test_a_damaged_config_is_one_line(content, copy, capsys):
+    (copy/"config.json").write_text(content); before = files(copy)
+    assert main(["run", *SMOKE, str(copy)]) == 1 and "config.json" in only_error(capsys) and files(copy) == before
+
+def test_debug_shows_where(tmp_path, capsys):
+    assert main(["ground", *SMOKE, str(tmp_path/"run"), "--debug"]) == 1 and "Traceback" in capsys.readouterr().err
+
+def test_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit) as e: main(["--help"])
+    assert e.value.code == 0 and all(stage in capsys.readouterr().out for stage in ("run",)) and set(STAGES) == {"collect", "ground", "imagine", "train", "evaluate", "figures"}
