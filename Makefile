@@ -33,10 +33,16 @@ export: install  ## write kalm/*.py and README.md from the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py
 
+results:  ## keep the numbers and pictures of runs/quick for README and notebooks
+	@mkdir -p results nbs/images
+	cp $(OUT)/results.csv results/quick.csv
+	cp $(OUT)/figures/success.png nbs/images/success.png
+	cp $(OUT)/figures/imagined-rephrase.png nbs/images/imagined.png
+
 lab: install  ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
 clean:  ## remove the virtual environment and caches of this folder (runs are kept)
 	rm -rf $(VENV) .pytest_cache build *.egg-info
 
-.PHONY: help install run test export lab clean
+.PHONY: help install run test export results lab clean
