@@ -45,8 +45,8 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def goals() -> list[Goal]:
     "Sentences of different lengths, of three kinds."
-    return [Goal.move("red", "blue", "behind"), Goal.move("green", "cyan", "left", text="Green, left of cyan."),
-            Goal.push("purple", "front", text="Could somebody give the purple ball a push to the front, please?"), Goal.gather("green")]
+    return [Goal.move("red", "blue", "behind"), Goal.move("green", "cyan", "left", text="Could somebody see to it that green ends up on the left of cyan, please?"),
+            Goal.push("purple", "front", text="Purple forward!"), Goal.gather("green")]
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("cache")
