@@ -151,11 +151,11 @@ def test_truncated_file(stored, keep):
 def test_no_flipped_bit_passes_for_data(stored):
     "Every damaged byte is an error that names the file, or makes no difference (a few bytes of the container are unused)."
     r, path = stored; whole = path.read_bytes(); refused = 0
-    for i in range(0, len(whole), 5):
+    for i in range(len(whole)):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:])
         try: assert same_rollouts(Rollouts.load(path), r), f"byte {i} changed the data silently"
         except ValueError as e: assert "r.npz" in str(e); refused += 1
-    assert refused > .6 * len(whole) / 5
+    assert refused > .6 * len(whole)
 
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.npz"): Rollouts.load(tmp_path/"nothing.npz")
@@ -252,7 +252,7 @@ test_core.WRITERS[{kind!r}][0](core.Path({path!r}), True)
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_or_the_new(kind, call, n, tmp_path):
     write, read = WRITERS[kind]; path = tmp_path/"file"; write(path, False)
     done = python("-c", KILLED.format(tests=str(Path(__file__).parent), kind=kind, call=call, n=n, path=str(path)))
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == -signal.SIGKILL or (n == 3 and done.returncode == 0), done.stderr   # fewer renames would do
     assert read(path) in (["old"] if n == 1 else ["old", "new"])   # weights and their checksum are two renames
     write(path, True); assert read(path) == "new"
 
