@@ -21,7 +21,7 @@ def test_links_lead_to_files():
 
 def test_commands_are_targets_of_the_makefile():
     makefile = (ROOT/"Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`?make (\w+)", TEXT)) - {"PYTHON"}: assert re.search(rf"^{target}:", makefile, re.M), target
+    for target in set(re.findall(r"(?:`|^ {4})make (\w+)", TEXT, re.M)) - {"PYTHON"}: assert re.search(rf"^{target}:", makefile, re.M), target
 
 @pytest.mark.parametrize("line", re.findall(r"^ {4}kalm (.+)$", TEXT, re.M))
 def test_command_lines_parse(line):
