@@ -18,7 +18,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     author=cfg["author"],
-    keywords=cfg["keywords"],
+    keywords=cfg["keywords"].split(),
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    project_urls={"Paper": "https://arxiv.org/abs/2404.09248"},  # nbdev's pyproject.toml wants every field it calls dynamic to be given
     packages=find_packages(include=["kalm", "kalm.*"]),
     package_data={"kalm": ["assets/**/*"]},
     python_requires=f">={cfg['min_python']}",
