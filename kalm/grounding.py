@@ -292,6 +292,7 @@ def ground(rollouts: Rollouts, goals: list[Goal], cfg: GroundConfig = GroundConf
             if callback: lm.eval(); callback(lm, run.step); lm.train(); run.rest()
     bar.close(); run.save(); lm.eval()
     if out and acc.is_main_process and run.step >= cfg.steps: lm.save_pretrained(Path(out))
+    acc.wait_for_everyone()
     return lm
 
 # %% ../nbs/05_grounding.ipynb #0632e316
