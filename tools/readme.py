@@ -7,10 +7,10 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 
 def readme() -> str:
-    "The index notebook as Markdown, with pictures found from the top of the repository and nbdev's directives left out."
+    "The index notebook as Markdown, with pictures found from the top of the repository and hidden code left out."
     text, _ = MarkdownExporter(exclude_output_prompt=True, exclude_input_prompt=True).from_filename(ROOT/"nbs"/"index.ipynb")
-    text = re.sub(r"```python\n#\| hide\n.*?```\n", "", text, flags=re.S)
-    text = re.sub(r"^#\| .*\n", "", text, flags=re.M).replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/')
+    text = re.sub(r"```(?:python)?\n#\| (?:hide|echo: false)\n.*?```\n", "", text, flags=re.S)
+    text = text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/')
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 if __name__ == "__main__":
