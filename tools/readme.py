@@ -7,10 +7,10 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 
 def readme() -> str:
-    "The index notebook as Markdown, with pictures found from the top of the repository and hidden code left out."
+    "The index notebook as Markdown, with links that work from the top of the repository and hidden code left out."
     text, _ = MarkdownExporter(exclude_output_prompt=True, exclude_input_prompt=True).from_filename(ROOT/"nbs"/"index.ipynb")
     text = re.sub(r"```(?:python)?\n#\| (?:hide|echo: false)\n.*?```\n", "", text, flags=re.S)
-    text = text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/')
+    text = re.sub(r"\]\((images/|\d\d_\w+\.ipynb)", r"](nbs/\1", text).replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 if __name__ == "__main__":
