@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv, hashlib, io, json, os, shutil, subprocess, sys, tempfile, zipfile, zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

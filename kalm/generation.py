@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 

@@ -150,7 +150,7 @@ class Examples:
 @dataclass(frozen=True)
 class Losses:
     "Means over the elements asked for; the field names are the columns of the log."
-    loss: Tensor             # what is minimised: action + state + text + consequence
+    loss: Tensor             # what is minimised: action + state + text + 0.3 consequence
     action: Tensor           # cross-entropy, nats
     state: Tensor            # squared error of one step's change, in units of a typical change
     text: Tensor             # cross-entropy of explanations, nats
