@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import liven, make_rollouts
-from kalm.core import sha256, torch_rng
-from kalm.embeddings import ACTION, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser, backbone_folder, fingerprint, load_backbone
+from kalm.core import numpy_rng, sha256, torch_rng
+from kalm.embeddings import (ACTION, BLUR, DISTANCES, FORMAT, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser, Pairs, StateEmbedding, Head, backbone_folder, family, fingerprint,
+                             grouped_attention, load_backbone)
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -29,46 +30,156 @@ def own(lm): return {n: p.detach().clone() for n, p in lm.own_parameters().items
 
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
+def awake(lm, adapter, seed=0):
+    "An adapter that does something."
+    lm.adapt(adapter); g = torch_rng(seed, "awake")
+    with torch.no_grad():
+        for n, p in lm.own_parameters().items():
+            if "lora_B" in n: p.copy_(.2 * torch.randn(p.shape, generator=g))
+    return lm.eval()
+
+def outspoken(lm, seed=0):
+    "A word head that has something to say."
+    with torch.no_grad(): lm.word_head.out.weight.copy_(.3 * torch.randn(lm.word_head.out.weight.shape, generator=torch_rng(seed, "outspoken")))
+    return lm
+
+def lora(lm, name): return {n: p for n, p in lm.named_parameters() if "lora_" in n and f".{name}." in n}
+
 
 # ---------------------------------------------------------------- parity on plain text
 
 def text_parity(lm, backbone):
+    backbone.set_attn_implementation(lm.backbone.config._attn_implementation)   # the same order of sums
     for text in SENTENCES:
         ids = lm.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             want = backbone(input_ids=ids).logits
-            got = lm.text_logits(lm(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 10)))
+            h = lm(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 10)); got = lm.text_logits(h)
+            if not lm.word_head.out.weight.any() and not torch.equal(lm.text_logits(h, torch.rand(*ids.shape, 10, generator=torch_rng(0))), got): return False
         if not torch.equal(got, want): return False
     return True
 
-def test_plain_text_gives_the_backbones_logits_exactly(tiny):
+@pytest.mark.parametrize("adapter", [Adapter(rank=4), Adapter(rank=4, split=True), Adapter(rank=4, first=1)], ids=str)
+def test_plain_text_gives_the_backbones_logits_exactly(adapter, tiny):
     backbone = load_backbone("tiny-random")[0]
     assert text_parity(tiny, backbone)
-    tiny.adapt(Adapter(rank=4)); assert text_parity(tiny, backbone)    # a new adapter changes nothing
+    assert not tiny.word_head.out.weight.any() and not tiny.word_head.out.bias.any()   # words about a state begin as the backbone's own
+    tiny.adapt(adapter); assert text_parity(tiny, backbone)    # a new adapter changes nothing
     with tiny.merged(): assert text_parity(tiny, backbone)
     with torch.no_grad(): next(p for n, p in tiny.named_parameters() if "lora_B" in n).fill_(.1)
     assert not text_parity(tiny, backbone)                             # a trained one does
+
+def attention_by_hand(q, k, v, mask):
+    "Head by head, element by element: scores, softmax, mean."
+    B, H, L, d = q.shape; out = np.zeros((B, L, H, d)); q, k, v, mask = (x.double().numpy() for x in (q, k, v, mask))
+    for b in range(B):
+        for h in range(H):
+            g = h * k.shape[1] // H
+            for i in range(L):
+                w = np.exp([q[b, h, i] @ k[b, g, j] * .3 + mask[b, 0, i, j] for j in range(k.shape[2])]); out[b, i, h] = w @ v[b, g] / w.sum()
+    return out
+
+@pytest.mark.parametrize("heads, L, M", [((4, 2), 5, 5), ((6, 2), 1, 7), ((3, 3), 4, 6), ((4, 1), 5, 5)])
+def test_grouped_attention_is_that_of_a_loop(heads, L, M):
+    g = torch_rng(0, "attention"); (H, h) = heads; q, k, v = torch.randn(2, H, L, 3, generator=g), torch.randn(2, h, M, 3, generator=g), torch.randn(2, h, M, 3, generator=g)
+    mask = torch.zeros(2, 1, L, M).masked_fill(torch.rand(2, 1, L, M, generator=g) < .4, torch.finfo(torch.float32).min); mask[..., 0] = 0
+    for m in (mask, None): np.testing.assert_allclose(grouped_attention(None, q, k, v, m, .3)[0], attention_by_hand(q, k, v, torch.zeros_like(mask) if m is None else m), rtol=1e-4, atol=1e-5)
+
+def test_quick_attention_reads_what_the_backbones_own_reads(lively):
+    assert lively.backbone.config._attn_implementation == "grouped"; rows = [sequence(lively, seed=i, steps=n, text=t) for i, (n, t) in enumerate([(1, "a"), (4, SENTENCES[0])])]
+    kind, ids, states = padded(rows, left=True); attend = (kind != PAD).long(); left = dict(positions=(attend.cumsum(1) - 1).clamp(min=0), attend=attend); L = kind.shape[1]
+    limbs = dict(positions=torch.arange(L)[None].expand(2, L), tree=torch.arange(L)[None].expand(2, L) // 30, branch=torch.arange(L)[None].expand(2, L) // 10 % 3); out = {}
+    for how in ("grouped", "sdpa", "eager"):
+        lively.backbone.set_attn_implementation(how)
+        with torch.no_grad(): out[how] = [lively(kind, ids, states, **left)[kind != PAD], lively(*padded(rows, left=False)), lively(kind, ids, states, **limbs)]
+    for how in ("sdpa", "eager"):
+        for a, b in zip(out["grouped"], out[how], strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(out["sdpa"][1], out["sdpa"][2], atol=1e-2)
 
 def test_full_tuning_starts_at_the_backbone(tiny):
     tiny.adapt(Adapter(full=True))
     assert text_parity(tiny, load_backbone("tiny-random")[0]) and all(p.requires_grad for p in tiny.parameters()) and len(own(tiny)) == len(list(tiny.named_parameters()))
 
-def test_only_our_weights_learn(tiny):
-    tiny.adapt(Adapter(rank=4)); names = set(tiny.own_parameters())
+@pytest.mark.parametrize("adapter", [Adapter(rank=4), Adapter(rank=4, split=True), Adapter(rank=4, first=1)], ids=str)
+def test_only_our_weights_learn(adapter, tiny):
+    tiny.adapt(adapter); names = set(tiny.own_parameters())
     for n, p in tiny.named_parameters(): assert p.requires_grad == (n in names) == (("lora_" in n) or not n.startswith("backbone."))
 
 def test_every_own_weight_gets_a_gradient(lively):
-    kind, ids, states = sequence(lively)
+    kind, ids, states = sequence(lively); outspoken(lively)
     h = lively(kind[None], ids[None], states[None])[0]
-    (lively.action_logits(h[kind == STATE], states[kind == STATE]).logsumexp(-1).sum() + lively.next_states(h[kind == ACTION], states[kind == ACTION]).pow(2).sum()).backward()
+    (lively.text_logits(h[kind == TEXT], states[kind == TEXT]).logsumexp(-1).sum() + lively.action_logits(h[kind == STATE], states[kind == STATE]).logsumexp(-1).sum() + lively.next_states(h[kind == ACTION], states[kind == ACTION]).pow(2).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lively.own_parameters().values())
     assert all(p.grad is None for n, p in lively.named_parameters() if n not in lively.own_parameters())
+
+def test_logits_among_some_words_are_those_of_all(lively):
+    h, among = torch.rand(3, 64, generator=torch_rng(0)), torch.tensor([200, 3, 3, 77])
+    s = torch.rand(3, 10, generator=torch_rng(1)); outspoken(lively)
+    with torch.no_grad():
+        for about in ((), (s,)): torch.testing.assert_close(lively.text_logits(h, *about, among=among), lively.text_logits(h, *about)[:, among])
+
+def test_words_about_a_state_are_those_of_a_hidden_vector_that_was_moved(lively):
+    outspoken(lively); g = torch_rng(0); h, s = torch.randn(5, 64, generator=g), torch.rand(5, 10, generator=g) - .5; table = lively.backbone.get_input_embeddings().weight
+    with torch.no_grad():
+        want, got, plain = (h + lively.word_head(h, lively.features(s))) @ table.T, lively.text_logits(h, s), lively.text_logits(h)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4); torch.testing.assert_close(plain, h @ table.T, atol=1e-5, rtol=1e-4); assert not torch.allclose(got, plain, atol=1e-2) and not torch.allclose(lively.text_logits(h, s.flip(0)), got, atol=1e-2)
+
+def test_embeddings_begin_as_words(tiny):
+    table = tiny.backbone.get_input_embeddings().weight.detach(); rms = table.pow(2).mean().sqrt()
+    word = lambda text: table[tiny.tokenizer(text, add_special_tokens=False).input_ids].mean(0)
+    with torch.no_grad(): nowhere = StateEmbedding.forward(tiny.state_embed, torch.zeros(1, tiny.pairs.width)) - tiny.state_embed.scale * tiny.state_embed.out(torch.nn.functional.gelu(tiny.state_embed.bend.bias))
+    torch.testing.assert_close(nowhere[0], word(" state"), atol=1e-5, rtol=1e-4)
+    own = tiny.action_embed.weight.detach() - word(" action"); assert .9 < own.pow(2).mean().sqrt() / rms < 1.1 and own.mean(0).abs().max() < rms < 4 * word(" action").abs().max()
 
 def test_embeddings_are_at_the_scale_of_the_tokens(tiny):
     rms = lambda x: x.detach().pow(2).mean().sqrt()
     tokens = rms(tiny.backbone.get_input_embeddings().weight)
     s = torch.rand(200, 10, generator=torch_rng(0)) - .5
-    assert .5 < rms(tiny.state_embed(tiny.standard(s))) / tokens < 2.5 and .8 < rms(tiny.action_embed.weight) / tokens < 1.25
+    assert .5 < rms(tiny.state_embed(tiny.features(s))) / tokens < 2.5 and .8 < rms(tiny.action_embed.weight) / tokens < 1.25
+
+
+# ---------------------------------------------------------------- features
+
+def pairs_by_hand(s):
+    "Normalised states (N, 2 n) -> features, number by number."
+    rows = []
+    for x in np.asarray(s, float):
+        p = [(x[2 * i], x[2 * i + 1]) for i in range(len(x) // 2)]; couples = [(i, j) for i in range(len(p)) for j in range(i + 1, len(p))]
+        offset = [(p[i][0] - p[j][0], p[i][1] - p[j][1]) for i, j in couples]; far = [np.sqrt(a * a + b * b + 1e-6) for a, b in offset]
+        mark = [[np.exp(-((d - m) / BLUR)**2) for m in DISTANCES] for d in far]
+        rows.append([*x, *(v for o in offset for v in o), *(m for ms in mark for m in ms), *(m * v / d for o, d, ms in zip(offset, far, mark) for m in ms for v in o)])
+    return np.array(rows)
+
+@pytest.mark.parametrize("state_dim", [2, 4, 10])
+def test_pairs_are_those_of_a_loop(state_dim):
+    s = 1.2 * numpy_rng(0, "pairs").normal(size=(20, state_dim)); n = state_dim // 2; want = pairs_by_hand(s)
+    f = Pairs(state_dim); got = f(torch.from_numpy(s).float()); assert f.width == want.shape[1] == state_dim + n * (n - 1) // 2 * 11
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5); torch.testing.assert_close(f(torch.from_numpy(s).float()[None, :, None]), got[None, :, None]); assert not list(f.parameters()) and not f.state_dict()
+
+def test_balls_in_one_place_have_finite_features_and_gradients():
+    s = torch.zeros(1, 10, requires_grad=True); f = Pairs(10)(s); f.sum().backward(); assert f.isfinite().all() and s.grad.isfinite().all()
+
+def test_features_are_of_normalised_states_up_to_ten_spreads(tiny):
+    n = Normaliser(tuple(i / 10 for i in range(10)), tuple(.1 + i / 20 for i in range(10))); tiny.normalise(n); s = numpy_rng(0, "features").uniform(-1, 1, (30, 10))
+    s[0, 3], s[1, 0], s[2, :] = 5., -1e3, 1e30
+    np.testing.assert_allclose(tiny.features(torch.from_numpy(s).float()), pairs_by_hand(np.clip((s - np.array(n.mean)) / np.array(n.std), -10, 10)), rtol=1e-3, atol=1e-4)
+
+def test_without_pairs_features_are_the_normalised_state(cache):
+    lm = KalmLM.from_pretrained("tiny-random", pairs=False).normalise(Normaliser((.1,) * 10, (.2,) * 10)); s = torch.rand(5, 10, generator=torch_rng(0)) - .5
+    torch.testing.assert_close(lm.features(s), (s - .1) / .2); assert lm.pairs.width == 10 and lm.state_embed.linear.in_features == 10
+    odd = KalmLM.from_pretrained("tiny-random", state_dim=7, pairs=False); assert odd.features(torch.zeros(2, 7)).shape == (2, 7)
+    with pytest.raises(ValueError, match="7 numbers.*pairs=False"): KalmLM.from_pretrained("tiny-random", state_dim=7)
+
+def test_heads_are_those_of_a_loop():
+    g = torch_rng(0, "heads"); head = Head(6, 4, 5, 3)
+    with torch.no_grad():
+        for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g))
+    w = {n: p.detach().double().numpy() for n, p in head.named_parameters()}; h, f = torch.randn(7, 6, generator=g), torch.randn(7, 4, generator=g); gelu = lambda x: torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+    def one(h, f):
+        x = (h - h.mean()) / np.sqrt(h.var() + 1e-5) * w["norm.weight"] + w["norm.bias"]
+        z = gelu((w["up.weight"] @ x + w["up.bias"]) * (1 + w["gate.weight"] @ f) + w["shift.weight"] @ f)
+        return w["out.weight"] @ (z + gelu((w["mid.weight"] @ z + w["mid.bias"]) * (1 + w["gate2.weight"] @ f))) + w["out.bias"]
+    with torch.no_grad(): np.testing.assert_allclose(head(h, f), [one(a, b) for a, b in zip(h.double().numpy(), f.double().numpy())], rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------- what the model reads
@@ -83,6 +194,20 @@ def test_each_kind_reads_its_own_column_only(lively):
         changed = ids.clone(); at = (kind == k).nonzero()[0, 0]; changed[at] = (changed[at] + 1) % 40
         new = hidden(lively, kind, changed, states)
         assert torch.equal(new[:at], h[:at]) and not torch.allclose(new[at:], h[at:])   # and nobody sees the future
+
+def test_family_is_that_of_a_loop():
+    g = numpy_rng(0, "family"); tree, branch = np.repeat([[0, 0, 1, -1], [0, 1, 2, 2]], 6, 1), g.integers(0, 3, (2, 24)); mask = family(torch.from_numpy(tree), torch.from_numpy(branch), torch.float64)
+    assert mask.shape == (2, 1, 24, 24) and mask.dtype == torch.float64
+    for b in range(2):
+        for i in range(24):
+            for j in range(24):
+                sees = j <= i and tree[b, i] == tree[b, j] and branch[b, j] in (0, branch[b, i])
+                assert mask[b, 0, i, j] == 0 if sees else mask[b, 0, i, j] < -1e38
+
+def test_one_tree_without_branches_is_a_plain_sequence(lively):
+    kind, ids, states = sequence(lively); h = hidden(lively, kind, ids, states); L = len(kind); whole = dict(positions=torch.arange(L)[None], tree=torch.zeros(1, L, dtype=torch.long))
+    for branch in ([0] * L, [0] * 5 + [1] * (L - 5)): torch.testing.assert_close(hidden(lively, kind, ids, states, branch=torch.tensor([branch]), **whole), h, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(hidden(lively, kind, ids, states, branch=torch.tensor([[0] * 5 + [1] * (L - 7) + [2, 2]]), **whole), h, atol=1e-3)
 
 def padded(rows, left):
     "Stack unpadded (kind, ids, states); padding is garbage that must not matter."
@@ -117,9 +242,24 @@ def test_cache_equals_one_pass(lively):
 def test_heads_speak_in_metres_and_actions(lively):
     lively.normalise(Normaliser((.1,) * 10, (.2,) * 10, step=.05)); kind, ids, states = sequence(lively); h = hidden(lively, kind, ids, states)
     with torch.no_grad():
-        torch.testing.assert_close(lively.next_states(h, states), states + .05 * lively.state_head(h, (states - .1) / .2))
+        torch.testing.assert_close(lively.next_states(h, states), states + .05 * lively.state_head(h, lively.features(states))); torch.testing.assert_close(lively.features(states)[:, :10], (states - .1) / .2)
         assert lively.action_logits(h, states).shape == (len(kind), 41) and lively.done == 40
     with pytest.raises(ValueError, match="9 numbers"): lively.normalise(Normaliser.default(9))
+
+@pytest.mark.parametrize("directions, n_actions", [(8, 40), (2, 6), (5, 5)])
+def test_factored_actions_are_sums_of_an_object_and_a_direction(directions, n_actions, cache):
+    lm = KalmLM.from_pretrained("tiny-random", directions=directions, n_actions=n_actions); objects = n_actions // directions; g = torch_rng(0, "factored"); h, s = torch.randn(6, 64, generator=g), torch.rand(6, 10, generator=g) - .5
+    with torch.no_grad(): lm.action_head.out.weight.mul_(30); z, logits = lm.action_head(h, lm.features(s)), lm.action_logits(h, s)
+    assert z.shape == (6, directions + objects + 1) and logits.shape == (6, n_actions + 1) and lm.done == n_actions
+    for a in range(n_actions): torch.testing.assert_close(logits[:, a], z[:, a % directions] + z[:, directions + a // directions])
+    torch.testing.assert_close(logits[:, -1], z[:, -1])
+    with torch.no_grad(): lm.action_head.out.bias[-1] += 5; new = lm.action_logits(h, s)   # the end is a choice of its own
+    torch.testing.assert_close(new[:, :-1], logits[:, :-1]); torch.testing.assert_close(new[:, -1], logits[:, -1] + 5)
+    assert lm.action_logits(h[None, :, None], s[None, :, None]).shape == (1, 6, 1, n_actions + 1)
+
+@pytest.mark.parametrize("directions", [7, 3, 41, 100])
+def test_bad_directions(directions, cache):
+    with pytest.raises(ValueError, match=f"40 actions.*{directions} directions"): KalmLM.from_pretrained("tiny-random", directions=directions)
 
 def test_normaliser_by_hand():
     r = make_rollouts(30, steps=6, least=0); n = Normaliser.fit(r)
@@ -127,6 +267,57 @@ def test_normaliser_by_hand():
     np.testing.assert_allclose(n.mean, s.mean(0), atol=1e-6); np.testing.assert_allclose(n.std, s.std(0) + 1e-3, atol=1e-6)
     np.testing.assert_allclose([n.step, n.jump], [d.std() + 1e-3, np.std([one.states[-1].astype(float) - one.states[0] for one in r]) + 1e-3], atol=1e-6)
     with pytest.raises(ValueError, match="empty"): Normaliser.fit(r[:0])
+
+
+# ---------------------------------------------------------------- split adapters
+
+SPLIT = Adapter(rank=4, split=True)
+
+def test_split_adapters_act_before_states_and_elsewhere(tiny):
+    "The adapter `state` where an action stands, `default` everywhere else: module by module, element by element."
+    lm = awake(tiny, SPLIT); row = sequence(lm); at = row[0] == ACTION; seen = []; assert lora(lm, "state").keys() == {n.replace(".default.", ".state.") for n in lora(lm, "default")} and len(lora(lm, "state")) == 28
+    hooks = [m.register_forward_hook(lambda m, x, y: seen.append((m, x[0][0], y[0]))) for m in lm.backbone.modules() if hasattr(m, "lora_A")]; hidden(lm, *row); assert len(seen) == 14
+    for m, x, y in seen:
+        with torch.no_grad(): want = torch.stack([m.get_base_layer()(v) + 8 * (m.lora_B[n].weight @ (m.lora_A[n].weight @ v)) for v, n in zip(x, ["state" if a else "default" for a in at])])
+        torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
+    for hook in hooks: hook.remove()
+
+def test_equal_adapters_are_one(tiny, cache):
+    lm, one = awake(tiny, SPLIT), awake(KalmLM.from_pretrained("tiny-random"), Adapter(rank=4), seed=1); row = sequence(lm); assert not torch.allclose(hidden(lm, *row), hidden(one, *row), atol=1e-3)
+    with torch.no_grad():
+        for n, p in lora(one, "default").items(): lora(lm, "default")[n].copy_(p); lora(lm, "state")[n.replace(".default.", ".state.")].copy_(p)
+    torch.testing.assert_close(hidden(lm, *row), hidden(one, *row), atol=1e-5, rtol=1e-4)
+
+def test_split_adapters_learn_from_their_own_elements(tiny):
+    lm = awake(tiny, SPLIT); kind, ids, states = sequence(lm); first = int((kind == ACTION).nonzero()[0, 0])
+    def gradients(which):
+        lm.zero_grad(set_to_none=True); lm(kind[None], ids[None], states[None])[0][which].pow(2).sum().backward()
+        return {name: {n: 0. if p.grad is None else float(p.grad.abs().max()) for n, p in lora(lm, name).items()} for name in ("default", "state")}
+    before = gradients(torch.arange(len(kind)) < first); assert not any(before["state"].values()) and all(before["default"].values())   # no action yet
+    at, off = gradients(kind == ACTION), gradients(kind != ACTION); assert all(at["state"].values()) and all(off["default"].values())
+    last = lambda g, name: [v for n, v in g[name].items() if "layers.1.mlp" in n]   # whose output nobody else reads
+    assert last(at, "state") and not any(last(at, "default")) and not any(last(off, "state"))
+
+def test_split_adapters_read_with_a_cache_too(tiny):
+    lm = awake(tiny, SPLIT); kind, ids, states = sequence(lm); h = hidden(lm, kind, ids, states); past, pieces = None, []
+    for i in range(len(kind)):
+        with torch.no_grad(): out, past = lm(kind[None, i:i + 1], ids[None, i:i + 1], states[None, i:i + 1], past=past, positions=torch.tensor([[i]]), attend=torch.ones(1, i + 1, dtype=torch.long), use_cache=True)
+        pieces.append(out[0])
+    torch.testing.assert_close(torch.cat(pieces), h, atol=1e-4, rtol=1e-4)
+
+def test_split_adapters_cannot_be_merged_but_may_be_asked(tiny):
+    lm = awake(tiny, SPLIT); row = sequence(lm); before, h = {n: p.detach().clone() for n, p in lm.named_parameters()}, hidden(lm, *row)
+    with lm.merged(): assert torch.equal(hidden(lm, *row), h)
+    assert equal(before, dict(lm.named_parameters())) and torch.equal(hidden(lm, *row), h)
+
+def test_first_leaves_the_blocks_before_it_alone(cache):
+    blocks = lambda adapter: {n.split(".layers.")[1][0] for n in own(KalmLM.from_pretrained("tiny-random").adapt(adapter)) if "lora_" in n}
+    assert blocks(Adapter(rank=2)) == {"0", "1"} and blocks(Adapter(rank=2, first=1)) == blocks(Adapter(rank=2, first=1, split=True)) == {"1"}
+
+@pytest.mark.parametrize("adapter", [SPLIT, Adapter(rank=3, first=1), Adapter(rank=3, first=1, split=True)], ids=str)
+def test_adapters_of_all_kinds_come_back(adapter, tiny, tmp_path):
+    lm = awake(tiny, adapter); lm.save_pretrained(tmp_path, dtype=None); back = KalmLM.from_pretrained(tmp_path); row = sequence(lm)
+    assert back.adapter == adapter and equal(own(lm), own(back)) and torch.equal(hidden(lm, *row), hidden(back, *row)) and not torch.equal(hidden(KalmLM.from_pretrained("tiny-random"), *row), hidden(lm, *row))
 
 
 # ---------------------------------------------------------------- merging
@@ -155,10 +346,19 @@ def test_seeds_decide_the_initial_weights_whatever_the_global_generator():
             return own(KalmLM.from_pretrained("tiny-random", seed=seed).adapt(Adapter(rank=4), seed=seed))
     a, b, c = make(0, 1), make(0, 2), make(1, 1)
     assert equal(a, b)
-    random = {n for n in a if ("weight" in n and "norm" not in n and "lora_B" not in n)}
+    random = {n for n in a if ("weight" in n and "norm" not in n and "lora_B" not in n and n != "word_head.out.weight")}
     assert random and not any(torch.equal(a[n], c[n]) for n in random)
 
-@pytest.mark.parametrize("make, message", [(lambda lm: Adapter(rank=0), "rank 0"), (lambda lm: lm.adapt().adapt(), "already")])
+def test_scratch_forgets_the_pretrained_weights_and_is_seeded(tiny):
+    def make(seed, global_seed, **kw):
+        with torch.random.fork_rng(): torch.manual_seed(global_seed); return KalmLM.from_pretrained("tiny-random", seed=seed, scratch=True, **kw)
+    weights = lambda lm: {n: p.detach() for n, p in lm.backbone.named_parameters()}
+    a, b, c, old = (weights(lm) for lm in (make(0, 1), make(0, 2), make(1, 1), tiny)); matrices = {n for n, p in a.items() if p.dim() > 1}
+    assert a.keys() == old.keys() and equal(a, b) and len(matrices) == 15 and not any(torch.equal(a[n], other[n]) for n in matrices for other in (c, old))
+    for n, p in a.items(): assert .9 < p.std() / .02 < 1.1 and p.mean().abs() < .002 if n in matrices else (p == 1).all()
+    assert make(0, 1).backbone_id != tiny.backbone_id and text_parity(make(0, 1), make(0, 2).backbone) and len(make(0, 1, layers=1).backbone.model.layers) == 1
+
+@pytest.mark.parametrize("make, message", [(lambda lm: Adapter(rank=0), "rank 0"), (lambda lm: Adapter(full=True, split=True), "split"), (lambda lm: lm.adapt().adapt(), "already")])
 def test_bad_adapters(make, message, tiny):
     with pytest.raises(ValueError, match=message): make(tiny)
 
@@ -191,7 +391,13 @@ def test_full_tuning_comes_back(tiny, tmp_path):
 def test_other_state_and_action_spaces_come_back(tmp_path):
     lm = KalmLM(*load_backbone("tiny-random"), "tiny-random", state_dim=4, n_actions=7, hidden=32); lm.save_pretrained(tmp_path)
     back = KalmLM.from_pretrained(tmp_path)
-    assert back.shape == dict(state_dim=4, n_actions=7, hidden=32) and back.done == 7 and len(back.normaliser.mean) == 4
+    assert back.shape == dict(state_dim=4, n_actions=7, hidden=32, pairs=True, directions=0) and back.done == 7 and len(back.normaliser.mean) == 4
+
+@pytest.mark.parametrize("kw", [dict(directions=8), dict(pairs=False), dict(pairs=False, state_dim=7, directions=3, n_actions=9)], ids=str)
+def test_other_maps_come_back(kw, tmp_path, cache):
+    lm = outspoken(liven(KalmLM.from_pretrained("tiny-random", **kw))); lm.save_pretrained(tmp_path, dtype=None); back = KalmLM.from_pretrained(tmp_path); S = lm.shape["state_dim"]; h, s = torch.rand(3, 64, generator=torch_rng(0)), torch.rand(3, S, generator=torch_rng(1))
+    assert back.shape == lm.shape and lm.shape.items() >= kw.items() and equal(own(lm), own(back))
+    with torch.no_grad(): assert torch.equal(lm.text_logits(h, s), back.text_logits(h, s)) and torch.equal(lm.action_logits(h, s), back.action_logits(h, s)) and torch.equal(lm.next_states(h, s), back.next_states(h, s)) and lm.action_logits(h, s).shape == (3, lm.done + 1)
 
 def test_a_shortened_backbone_comes_back(tmp_path):
     lm = liven(KalmLM.from_pretrained("tiny-random", layers=1)); lm.save_pretrained(tmp_path, dtype=None); back = KalmLM.from_pretrained(tmp_path)
@@ -244,15 +450,15 @@ def test_weights_of_another_shape_or_name_are_refused(saved):
 REMOVE = "(removed)"
 
 @pytest.mark.parametrize("change", [
-    dict(format="kalm-lm-0"), dict(format=REMOVE), dict(backbone=REMOVE), dict(backbone="../../etc"), dict(backbone="/etc"), dict(backbone="evil/model"), dict(backbone=7), dict(backbone_id=REMOVE),
+    dict(format="kalm-lm-1"), dict(format=REMOVE), dict(pairs=False), dict(pairs=REMOVE), dict(directions=8), dict(directions=7), dict(directions="8"), dict(directions=REMOVE), dict(adapter=dict(rank=4, split=True)), dict(adapter=dict(rank=4, first=1)), dict(backbone=REMOVE), dict(backbone="../../etc"), dict(backbone="/etc"), dict(backbone="evil/model"), dict(backbone=7), dict(backbone_id=REMOVE),
     dict(backbone_id="0" * 16), dict(state_dim=11), dict(hidden=256), dict(hidden="512"), dict(n_actions=REMOVE), dict(layers="two"), dict(layers=99), dict(adapter="lora"), dict(adapter=dict(rank=4, code="x")),
     dict(adapter=dict(rank=8)), dict(adapter=None), dict(normaliser=REMOVE), dict(normaliser=dict(mean=[0])), dict(normaliser=dict(mean=["x"] * 10, std=[1] * 10, step=1, jump=1))], ids=str)
 def test_a_header_that_was_tampered_with_is_refused(change, saved, no_network):
-    path = saved[1]/"kalm.json"; c = json.loads(path.read_text()) | change
+    path = saved[1]/"kalm.json"; KalmLM.from_pretrained(saved[1]); assert json.loads(path.read_text())["format"] == FORMAT; c = json.loads(path.read_text()) | change
     path.write_text(json.dumps({k: v for k, v in c.items() if v != REMOVE}))
     with pytest.raises(ValueError): KalmLM.from_pretrained(saved[1])
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '"kalm-lm-1"', "{", "kalm"])
+@pytest.mark.parametrize("content", ["", "[]", "null", '"kalm-lm-2"', "{", "kalm"])
 def test_a_header_that_is_no_header_is_refused(content, saved):
     (saved[1]/"kalm.json").write_text(content)
     with pytest.raises(ValueError, match="kalm.json"): KalmLM.from_pretrained(saved[1])

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 import kalm.core as core
 import kalm.grounding as grounding
 from conftest import make_rollouts, mute
-from kalm.core import Rollouts, numpy_rng, read_csv
-from kalm.embeddings import ACTION, PAD, STATE, TEXT, Adapter, Normaliser
-from kalm.grounding import (CONSEQUENCE, DYNAMICS, EXPLAIN, GENERATE, PROMPTS, Examples, GroundConfig, Grounder, Losses, Writer, collate, ground, learning_rate, positions, write)
+from kalm.core import Rollouts, numpy_rng, read_csv, torch_rng
+from kalm.embeddings import ACTION, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser
+from kalm.goals import MOVED, motions
+from kalm.grounding import (CONSEQUENCE, DESCRIBE, DYNAMICS, EXPLAIN, GENERATE, PROMPTS, TASKS, Examples, GroundConfig, Grounder, Losses, Sequence, Writer, collate, ground, learning_rate, pack,
+                            positions, write)
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-CFG = GroundConfig(backbone="tiny-random", adapter=Adapter(rank=2), steps=8, batch_tokens=400, mix=(1., 1., .5, .25), checkpoint_every=3, log_every=2, bf16=False)
+CFG = GroundConfig(backbone="tiny-random", adapter=Adapter(rank=2), steps=8, batch_tokens=400, mix=(1., 1., .5, .25, .25), checkpoint_every=3, log_every=2, bf16=False)
 LOSSES = ["loss", "action", "state", "text", "consequence", "ball_accuracy", "action_accuracy"]
 
 @pytest.fixture(scope="module")
@@ -36,167 +38,350 @@ def example(tiny):
 
 def ask(e, task, **kw): return write(e.w, task, e.goal, e.states, e.actions, **kw)
 
+def about(q, n, state):
+    "Words before `n` are about nothing, those after the rollout about `state`."
+    assert all((x is None) == (i < n) for i, (k, x) in enumerate(zip(q.kind, q.states)) if k == TEXT)
+    for i, k in enumerate(q.kind):
+        if k == TEXT and i >= n: np.testing.assert_array_equal(q.states[i], state)
+
 def check(q, kinds, ids):
     "Kinds, and ids wherever text or an action stands."
     assert q.kind == kinds
     assert [i for k, i in zip(q.kind, q.ids) if k != STATE] == ids
-    assert len({len(column) for column in vars(q).values()}) == 1
+    assert {len(getattr(q, name)) for name in (*Sequence.COLUMNS, "states", "target")} == {len(q)}
 
 @pytest.mark.parametrize("success", [True, False])
 def test_generate_asks_for_every_action_every_change_and_done(success, example):
-    e, q = example, ask(example, GENERATE, success=success); head = e.tok(PROMPTS["generate"][0].format(goal=e.goal)); n = len(head)
-    assert e.goal in PROMPTS["generate"][0].format(goal=e.goal)
+    e, q = example, ask(example, GENERATE, success=success); head = e.tok(PROMPTS["generate"][0][0].format(goal=e.goal)); n = len(head)
+    assert e.goal in PROMPTS["generate"][0][0].format(goal=e.goal)
     check(q, [TEXT] * n + [STATE, ACTION, STATE, ACTION, STATE], head + [7, 31])
     assert q.action == [-1] * n + [7, -1, 31, -1, 40 if success else -1] and q.span == [0] * n + [0, 1, 0, 1, 0] and set(q.text) == {-1}
+    assert q.credit == [0] * n + [1, 0, 1, 0, success] and q.branch == [0] * n + [1] * 5 and q.position == list(range(n + 5))
     for i, k in [(n, 0), (n + 1, 0), (n + 2, 1), (n + 3, 1), (n + 4, 2)]: np.testing.assert_array_equal(q.states[i], e.states[k])
     for i, k in [(n + 1, 0), (n + 3, 1)]: np.testing.assert_array_equal(q.target[i], e.states[k + 1] - e.states[k])
 
 def test_dynamics_asks_for_one_change_without_a_goal(example):
-    e, q = example, ask(example, DYNAMICS); head = e.tok(PROMPTS["dynamics"][0]); n = len(head)
+    e, q = example, ask(example, DYNAMICS); head = e.tok(PROMPTS["dynamics"][0][0]); n = len(head)
     check(q, [TEXT] * n + [STATE, ACTION], head + [7])
     assert q.span == [0] * n + [0, 1] and set(q.action) == set(q.text) == {-1}
     np.testing.assert_array_equal(q.target[-1], e.states[1] - e.states[0]); np.testing.assert_array_equal(q.states[-2], e.states[0])
 
-def test_explain_asks_for_the_sentence_and_its_end(example):
-    e, q = example, ask(example, EXPLAIN); head, middle = (e.tok(p) for p in PROMPTS["explain"]); answer = e.tok(" " + e.goal) + [e.eos]
+@pytest.mark.parametrize("wording", [0, 3, 8, 13])
+def test_explain_asks_for_the_sentence_its_end_and_every_change(wording, example):
+    e, q = example, ask(example, EXPLAIN, wording=wording); head, middle = (e.tok(p) for p in PROMPTS["explain"][wording % 8]); answer = e.tok(" " + e.goal) + [e.eos]
     check(q, [TEXT] * len(head) + [STATE, ACTION, STATE, ACTION, STATE] + [TEXT] * (len(middle) + len(answer) - 1), head + [7, 31] + middle + answer[:-1])
-    assert q.text == [-1] * (len(q) - len(answer)) + answer and set(q.action) == {-1} and set(q.span) == {0}
-    for k, i in enumerate(range(len(head), len(head) + 5, 2)): np.testing.assert_array_equal(q.states[i], e.states[k])
+    n = len(head)
+    assert q.text == [-1] * (len(q) - len(answer)) + answer and set(q.action) == {-1} and q.span == [0] * n + [0, 1, 0, 1, 0] + [0] * (len(q) - n - 5)
+    for k, i in enumerate(range(n, n + 5, 2)): np.testing.assert_array_equal(q.states[i], e.states[k])
+    about(q, n, e.states[2])
+    for k, i in enumerate((n + 1, n + 3)): np.testing.assert_array_equal(q.states[i], e.states[k]); np.testing.assert_array_equal(q.target[i], e.states[k + 1] - e.states[k])
+
+@pytest.mark.parametrize("wording", [0, 3, 5])
+def test_describe_asks_for_the_caption_of_one_step(wording, example):
+    e = example; q = write(e.w, DESCRIBE, "red left", e.states[:2], e.actions[:1], wording=wording); (head, middle), answer = (e.tok(p) for p in PROMPTS["describe"][wording % 4]), e.tok(" red left") + [e.eos]; n = len(head)
+    check(q, [TEXT] * n + [STATE, ACTION, STATE] + [TEXT] * (len(middle) + len(answer) - 1), head + [7] + middle + answer[:-1])
+    assert q.text == [-1] * (len(q) - len(answer)) + answer and set(q.action) == {-1} and q.span == [0] * n + [0, 1, 0] + [0] * (len(q) - n - 3)
+    np.testing.assert_array_equal(q.target[n + 1], e.states[1] - e.states[0]); np.testing.assert_array_equal(q.states[n + 2], e.states[1]); about(q, n, e.states[1])
+
+def test_wordings_are_different_and_whole():
+    assert list(PROMPTS) == list(TASKS) and len(PROMPTS["explain"]) == 8 and len(PROMPTS["describe"]) == 4
+    for task, said in PROMPTS.items(): assert len(set(said)) == len(said) and {len(parts) for parts in said} == {2 if task in ("explain", "consequence", "describe") else 1} and all(("{goal}" in parts[0]) == (task in ("generate", "consequence")) for parts in said)
+
+@pytest.mark.parametrize("moves, caption", [
+    ({}, "nothing"), ({0: (-.2, .1)}, "red left"), ({1: (.1, .3)}, "blue back"), ({2: (-.1, -.2)}, "green front"), ({4: (.3, 0)}, "cyan right"), ({0: (.1, 0), 3: (0, -.11)}, "purple front"),
+    ({0: (.2, 0), 3: (0, -.19)}, "red right"), ({2: (.9 * MOVED, 0)}, "nothing"), ({2: (1.1 * MOVED, 0)}, "green right"), ({i: (0, .9 * MOVED) for i in range(5)}, "nothing"),
+    ({2: (.8 * MOVED, .8 * MOVED - 1e-4)}, "green right")], ids=str)
+def test_captions_by_hand(moves, caption):
+    s = numpy_rng(0, "captions").uniform(-.4, .4, 10); d = np.zeros((5, 2))
+    for ball, step in moves.items(): d[ball] = step
+    assert motions(s, s + d.ravel()) == caption
+
+def test_branches_restart_after_the_shared_prompt(example):
+    "Two rollouts behind one prompt: said once, and each goes on as if it were alone."
+    e = example; a, b = ask(e, GENERATE), write(e.w, GENERATE, e.goal, e.states[:2] + 1, e.actions[1:], False, credit=.5); n = len(a) - 5
+    q = write(e.w, GENERATE, e.goal, e.states[:2] + 1, e.actions[1:], False, into=ask(e, GENERATE), credit=.5)
+    assert len(q) == n + 5 + 3 and q.branch == [0] * n + [1] * 5 + [2] * 3 and q.position == [*range(n + 5), *range(n, n + 3)]
+    for name in ("kind", "ids", "action", "text", "span", "credit"): assert getattr(q, name) == getattr(a, name) + getattr(b, name)[n:]
+    for name in ("states", "target"):
+        for x, y in zip(getattr(q, name), getattr(a, name) + getattr(b, name)[n:]): assert (x is None) == (y is None); np.testing.assert_array_equal(x, y)
+    third = write(e.w, GENERATE, e.goal, e.states, e.actions, into=q); assert third is q and q.position[-5:] == list(range(n, n + 5)) and q.branch[-5:] == [3] * 5
 
 def test_consequence_asks_for_the_end_from_the_start_and_the_goal(example):
-    e, q = example, ask(example, CONSEQUENCE); head, tail = (e.tok(p.format(goal=e.goal)) for p in PROMPTS["consequence"])
+    e, q = example, ask(example, CONSEQUENCE); head, tail = (e.tok(p.format(goal=e.goal)) for p in PROMPTS["consequence"][0])
     check(q, [TEXT] * len(head) + [STATE] + [TEXT] * len(tail), head + tail)
     assert q.span == [0] * (len(q) - 1) + [2] and set(q.action) == set(q.text) == {-1}
     np.testing.assert_array_equal(q.target[-1], e.states[2] - e.states[0]); np.testing.assert_array_equal(q.states[-1], e.states[0])
 
-def test_collate_pads_on_the_right_with_nothing_to_answer(example):
-    qs = [ask(example, t) for t in (DYNAMICS, EXPLAIN, GENERATE)]; b = collate(qs, [1, 2, 0], 10)
-    L = max(map(len, qs)); assert b["kind"].shape == (3, L) and b["states"].shape == b["target"].shape == (3, L, 10) and b["task"].tolist() == [1, 2, 0]
-    for i, q in enumerate(qs):
-        n = len(q)
-        for name in ("kind", "ids", "action", "text", "span"): assert b[name][i, :n].tolist() == getattr(q, name)
-        assert set(b["kind"][i, n:].tolist()) <= {PAD} and all(set(b[k][i, n:].tolist()) <= {-1} for k in ("action", "text")) and not b["span"][i, n:].any()
-        for k, s in enumerate(q.states): np.testing.assert_array_equal(b["states"][i, k], 0 if s is None else s)
+@pytest.mark.parametrize("width, rows", [(0, 3), (10, 3), (60, 2), (10_000, 1)])
+def test_collate_pads_on_the_right_with_nothing_to_answer(width, rows, example):
+    qs = [ask(example, t) for t in (DYNAMICS, EXPLAIN, GENERATE)]; ask(example, DYNAMICS, into=qs[0]); b = collate(qs, 10, width); left = list(qs)
+    L = b["kind"].shape[1]; assert b["kind"].shape == (rows, L) and b["states"].shape == b["target"].shape == (rows, L, 10) and b["credit"].dtype == b["states"].dtype == torch.float32 and PAD == -1
+    for r in range(rows):
+        n = 0
+        for k in range(int(b["tree"][r].max()) + 1):
+            at = slice(n, n + int((b["tree"][r] == k).sum())); n = at.stop; [q] = [q for q in left if q.kind == b["kind"][r, at].tolist() and q.ids == b["ids"][r, at].tolist()]; left.remove(q)
+            for name in Sequence.COLUMNS: assert b[name][r, at].tolist() == getattr(q, name)
+            assert set(b["tree"][r, at].tolist()) == {k}
+            for name in ("states", "target"):
+                for x, want in zip(b[name][r, at], getattr(q, name), strict=True): np.testing.assert_array_equal(x, 0 if want is None else want)
+        assert n and all(set(b[k][r, n:].tolist()) <= {-1} for k in ("kind", "tree", "action", "text")) and not b["span"][r, n:].any()
+    assert not left and (b["tree"].amax(0) >= 0).all() and (b["kind"] == PAD).any() == (rows > 1)
+
+def test_rows_are_about_as_wide_as_asked(example):
+    rng = numpy_rng(0, "widths"); qs = [Sequence().words([5] * int(n)) for n in rng.integers(5, 60, 60)]; total = sum(map(len, qs))
+    for width in (50, 128, 300, 1000): b = collate(qs, 10, width)["kind"]; assert (b != PAD).sum() == total and len(b) <= round(total / width) and b.shape[1] <= 1.3 * max(60, width)
+
+def test_pack_puts_everything_somewhere_once():
+    assert pack([5, 3, 4, 2], 7) == [[0, 3], [2, 1]] and pack([3, 3], 0) == [[0], [1]] and pack([], 9) == []
+    rng = numpy_rng(0, "pack")
+    for width in (1, 20, 50, 1000):
+        lengths = rng.integers(1, 60, 80).tolist(); rows = pack(lengths, width)
+        assert sorted(sum(rows, [])) == list(range(80)) and all(len(r) == 1 or sum(lengths[i] for i in r) <= width for r in rows)
+        if width > 60: assert len(rows) <= 1.3 * sum(lengths) / width + 1    # and it is worth the trouble
 
 
 # ---------------------------------------------------------------- loss
 
-def alone(lm, task, goal, r):
-    "Losses of one example, from the paper's description: no `write`, no padding, one element after another."
+@pytest.fixture
+def outspoken(lively):
+    "A lively model whose words depend on the state they are about."
+    with torch.no_grad(): lively.word_head.out.weight.copy_(.3 * torch.randn(lively.word_head.out.weight.shape, generator=torch_rng(0, "outspoken")))
+    return lively
+
+def alone(lm, task, goal, r, idle=1., wording=0):
+    "Losses of one example, from the paper's description: no `write`, no padding, nothing shared, one element after another."
     tok = lambda s: lm.tokenizer(s, add_special_tokens=False).input_ids
     table, unit = lm.backbone.get_input_embeddings().weight, lm.normaliser
-    mean, std = torch.tensor(unit.mean), torch.tensor(unit.std); norm = lambda s: (torch.as_tensor(s) - mean) / std
-    word, state, act = lambda ids: [table[i] for i in ids], lambda s: [lm.state_embed(norm(s))], lambda a: [lm.action_embed.weight[a]]
+    look = lambda s: lm.features(torch.as_tensor(s))
+    word, state, act = lambda ids: [table[i] for i in ids], lambda s: [lm.state_embed(look(s))], lambda a: [lm.action_embed.weight[a]]
     story = lambda: [v for s, a in zip(r.states, r.actions) for v in state(s) + act(a)] + state(r.states[-1])
-    out = dict(action=[], state=[], text=[], consequence=[], ball_accuracy=[], action_accuracy=[])
+    out = dict(action=[], state=[], text=[], consequence=[], ball_accuracy=[], action_accuracy=[], credit=[])
     hidden = lambda x: lm.backbone.get_decoder()(inputs_embeds=torch.stack(x)[None]).last_hidden_state[0]
     nll = lambda logits, i: (torch.logsumexp(logits, 0) - logits[i]).item()
-    gap = lambda h, s, d, scale: (lm.state_head(h, norm(s)) - torch.as_tensor(d) / scale).square().mean().item()
+    gap = lambda h, s, d, scale: (lm.state_head(h, look(s)) - torch.as_tensor(d) / scale).square().mean().item()
+    step = lambda h, t: out["state"].append(gap(h, r.states[t], r.states[t + 1] - r.states[t], unit.step))
+    said = PROMPTS[TASKS[task]]; said = said[wording % len(said)]
     if task == GENERATE:
-        prompt = word(tok(PROMPTS["generate"][0].format(goal=goal))); h = hidden(prompt + story())[len(prompt):]
+        prompt = word(tok(said[0].format(goal=goal))); h = hidden(prompt + story())[len(prompt):]
         for t in range(len(r) + 1):
             want = int(r.actions[t]) if t < len(r) else 40
-            if t < len(r): out["state"].append(gap(h[2 * t + 1], r.states[t], r.states[t + 1] - r.states[t], unit.step))
+            if t < len(r): step(h[2 * t + 1], t)
             elif not r.terminated: continue
-            logits = lm.action_head(h[2 * t], norm(r.states[t])); best = int(logits.argmax())
+            logits = lm.action_head(h[2 * t], look(r.states[t])); best = int(logits.argmax())
             out["action"].append(nll(logits, want)); out["action_accuracy"].append(best == want); out["ball_accuracy"].append(best // 8 == want // 8)
+            out["credit"].append(1. if t == len(r) or r.rewards[t] > 0 else idle)
     elif task == DYNAMICS:
-        h = hidden(word(tok(PROMPTS["dynamics"][0])) + state(r.states[0]) + act(r.actions[0]))
-        out["state"].append(gap(h[-1], r.states[0], r.states[1] - r.states[0], unit.step))
-    elif task == EXPLAIN:
-        answer = tok(" " + goal) + [lm.tokenizer.eos_token_id]; before = word(tok(PROMPTS["explain"][0])) + story() + word(tok(PROMPTS["explain"][1]))
+        step(hidden(word(tok(said[0])) + state(r.states[0]) + act(r.actions[0]))[-1], 0)
+    elif task in (EXPLAIN, DESCRIBE):
+        answer = tok(" " + (goal if task == EXPLAIN else motions(*r.states))) + [lm.tokenizer.eos_token_id]; n = len(tok(said[0])); before = word(tok(said[0])) + story() + word(tok(said[1]))
         h = hidden(before + word(answer))
-        out["text"] = [nll(h[len(before) - 1 + k] @ table.T, i) for k, i in enumerate(answer)]
+        for t in range(len(r.actions)): step(h[n + 2 * t + 1], t)
+        moved = lambda h: h + lm.word_head(h, look(r.states[-1]))
+        out["text"] = [nll(moved(h[len(before) - 1 + k]) @ table.T, i) for k, i in enumerate(answer)]
     else:
-        h = hidden(word(tok(PROMPTS["consequence"][0].format(goal=goal))) + state(r.states[0]) + word(tok(PROMPTS["consequence"][1])))
+        h = hidden(word(tok(said[0].format(goal=goal))) + state(r.states[0]) + word(tok(said[1])))
         out["consequence"].append(gap(h[-1], r.states[0], r.states[-1] - r.states[0], unit.jump))
     return out
 
-def test_loss_is_that_of_a_loop_over_samples(lively, data, goals):
-    lively.normalise(Normaliser.fit(data)); ex = Examples(lively, data, goals, replace(CFG, batch_tokens=4000))
-    assert {bool(t) for t in data.terminated} == {True, False}
-    seen = set()
-    for rows in ex.plan(0)[:3]:
-        parts = {k: [] for k in LOSSES[1:]}
+@pytest.mark.parametrize("idle, weight, width", [(1., 1., 0), (.25, .5, 400)])
+def test_loss_is_that_of_a_loop_over_samples(idle, weight, width, outspoken, data, goals):
+    outspoken.normalise(Normaliser.fit(data)); ex = Examples(outspoken, data, goals, replace(CFG, batch_tokens=500, width=width, negatives=0, idle_credit=idle, mix=(1., 1., .5, .25, .5)))
+    assert {bool(t) for t in data.terminated} == {True, False} and len(ex.plan(0)) > 2
+    seen, branched, packed = set(), False, False
+    for k, seqs in enumerate(ex.plan(0)):
+        parts, batch = {k: [] for k in [*LOSSES[1:], "credit"]}, ex.at((0, k))
         with torch.no_grad():
-            for i, task, first in rows:
+            for wording, i, task, first in [(rows[0, 0], *row) for rows in seqs for row in rows]:
                 one = data[int(i)]
-                if task == DYNAMICS: one = replace(one, states=one.states[first:first + 2], actions=one.actions[first:first + 1])
-                for k, v in alone(lively, task, goals[one.goal].text, one).items(): parts[k] += v
-            got = Grounder(lively)(collate([ex._write(*map(int, row)) for row in rows], rows[:, 1].tolist(), 10))
-        want = {k: float(np.mean(v)) if v else 0. for k, v in parts.items()}
-        np.testing.assert_allclose(got[0, 1:], [want[k] for k in LOSSES[1:]], rtol=1e-4, atol=1e-5)
-        assert got[1, 1:].tolist() == [len(parts[k]) for k in LOSSES[1:]] and got[1, 0] == len(rows)
-        np.testing.assert_allclose(got[0, 0], want["action"] + want["state"] + want["text"] + .3 * want["consequence"], rtol=1e-4)
-        seen |= set(rows[:, 1].tolist())
-    assert seen == {GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE}
+                if task in (DYNAMICS, DESCRIBE): one = replace(one, states=one.states[first:first + 2], actions=one.actions[first:first + 1])
+                for name, v in alone(outspoken, task, goals[one.goal].text, one, idle, wording).items(): parts[name] += v
+                seen.add(int(task))
+            got = Grounder(outspoken, text_weight=weight)(batch)
+        want = {name: float(np.mean(v)) if v else 0. for name, v in parts.items()}
+        if parts["action"]: want["action"] = np.average(parts["action"], weights=parts["credit"])
+        np.testing.assert_allclose(got[0, 1:], [want[name] for name in LOSSES[1:]], rtol=1e-4, atol=1e-5)
+        assert got[1, 1:].tolist() == [len(parts[name]) for name in LOSSES[1:]] and got[1, 0] == len(batch["kind"])
+        np.testing.assert_allclose(got[0, 0], want["action"] + want["state"] + weight * want["text"] + .3 * want["consequence"], rtol=1e-4)
+        branched |= any(len(rows) > 1 for rows in seqs); packed |= len(batch["kind"]) < len(seqs)
+    assert seen == set(range(5)) and branched and packed == bool(width)
+
+@pytest.fixture
+def grove(lively, data, goals):
+    "One row with five trees, of several branches where a task has them, and how the model reads it."
+    ex = Examples(lively, data, goals, CFG); pick = lambda task, *who: ex._write(np.array([(i, task, 0) for i in who]))
+    batch = collate([pick(GENERATE, 0, 4, 8), pick(DYNAMICS, 1, 2, 3), pick(EXPLAIN, 5), pick(CONSEQUENCE, 6, 10), pick(DESCRIBE, 7, 9)], 10, 10_000); assert len(batch["kind"]) == 1
+    def read(b, **kw):
+        with torch.no_grad(): return lively(b["kind"], b["ids"], b["states"], **(dict(positions=b["position"], tree=b["tree"], branch=b["branch"]) | kw))[0]
+    return SimpleNamespace(lm=lively, batch=batch, read=read, limbs=sorted(set(zip(batch["tree"][0].tolist(), batch["branch"][0].tolist()))))
+
+@pytest.mark.parametrize("how", ["grouped", "sdpa", "eager"])
+def test_every_branch_reads_as_if_it_were_alone(how, grove):
+    g = grove; g.lm.backbone.set_attn_implementation(how); b = g.batch; h = g.read(b); tree, branch = b["tree"][0], b["branch"][0]; compared = 0
+    for k, j in g.limbs:
+        mine = (tree == k) & ((branch == 0) | (branch == j))
+        with torch.no_grad(): want = g.lm(b["kind"][:, mine], b["ids"][:, mine], b["states"][:, mine])[0]
+        torch.testing.assert_close(h[mine], want, rtol=1e-4, atol=1e-4); compared += int(j > 0)
+    assert compared == 3 + 3 + 1 + 2 + 2
+    for loss in (dict(tree=None, branch=None), dict(positions=torch.arange(len(h))[None])): assert (g.read(b, **loss) - h).abs().max() > 1e-3   # the comparison can fail
+
+@pytest.mark.parametrize("how", ["grouped", "sdpa", "eager"])
+def test_branches_and_trees_do_not_see_each_other(how, grove):
+    g = grove; g.lm.backbone.set_attn_implementation(how); b = g.batch; h = g.read(b); tree, branch = b["tree"][0], b["branch"][0]
+    for k, j in g.limbs:
+        at = (tree == k) & (branch == j); new = b | dict(ids=torch.where(at, (b["ids"] + 1) % 40, b["ids"]), states=torch.where(at[:, None], b["states"] + .3, b["states"]))
+        change = (g.read(new) - h).abs().amax(-1); touched = (tree == k) if j == 0 else at   # the shared beginning is seen by its own branches
+        assert change[~touched].max() <= 1e-6 and (change[at] > 1e-3).all()
+        if j == 0: assert (change[touched] > 1e-6).all()
+
+@pytest.mark.parametrize("idle", [1., .2, 0.])
+def test_only_actions_that_paid_off_have_full_credit(idle, tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, idle_credit=idle)); paid = 0
+    for i, r in enumerate(data):
+        q = ex._write(np.array([[i, GENERATE, 0]])); asked = [c for c, a in zip(q.credit, q.action) if a >= 0]
+        assert asked == [1. if x > 0 else idle for x in r.rewards[:len(r)]] + [1.] * bool(r.terminated) and not any(c for c, a in zip(q.credit, q.action) if a < 0); paid += sum(r.rewards[:len(r)] > 0)
+    assert 0 < paid < data.lengths.sum()
+
+def test_credit_weighs_the_actions(lively, data, goals):
+    batch = collate([Examples(lively, data, goals, CFG)._write(np.array([[0, GENERATE, 0], [4, GENERATE, 0]]))], 10); at = (batch["action"] >= 0).nonzero(); assert len(at) > 4
+    def action(credit):
+        c = torch.zeros_like(batch["credit"]); c[at[:, 0], at[:, 1]] = torch.as_tensor(credit, dtype=c.dtype)
+        with torch.no_grad(): return float(Grounder(lively)(batch | dict(credit=c))[0, 1])
+    n = len(at); one = [action([float(k == i) for k in range(n)]) for i in range(n)]; some = np.linspace(0, 1, n)
+    assert max(one) - min(one) > .1
+    np.testing.assert_allclose([action(np.ones(n)), action(np.full(n, .3)), action(some)], [np.mean(one), np.mean(one), np.average(one, weights=some)], rtol=1e-5); assert action(np.zeros(n)) == 0
 
 def test_the_record_names_what_is_logged(): assert [f for f in Losses.__dataclass_fields__] == LOSSES
 
-def test_padding_is_free(lively, data, goals):
-    ex = Examples(lively, data, goals, CFG); rows = ex.plan(0)[0]
-    seqs = [ex._write(*map(int, row)) for row in rows]; long = ex._write(int(data.lengths.argmax()), EXPLAIN, 0)
+@pytest.mark.parametrize("width", [0, 500])
+def test_padding_is_free(width, outspoken, data, goals):
+    ex = Examples(outspoken, data, goals, replace(CFG, batch_tokens=1500)); seqs = [ex._write(rows) for rows in ex.plan(0)[0]]; long = ex._write(np.array([[data.lengths.argmax(), EXPLAIN, 0]]))
     with torch.no_grad():
-        a = Grounder(lively)(collate(seqs, rows[:, 1].tolist(), 10))
-        long.text, long.action, long.span = [-1] * len(long), [-1] * len(long), [0] * len(long)   # a longer row that is asked nothing
-        b = Grounder(lively)(collate(seqs + [long], [*rows[:, 1].tolist(), EXPLAIN], 10))
-    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
+        a = collate(seqs, 10, width); x = Grounder(outspoken)(a)
+        long.words([5] * 600); long.text, long.action, long.span = [-1] * len(long), [-1] * len(long), [0] * len(long)   # a longer row that is asked nothing
+        b = collate(seqs + [long], 10, width); y = Grounder(outspoken)(b)
+    assert (b["kind"] == PAD).sum() > (a["kind"] == PAD).sum() and x[0].all(); torch.testing.assert_close(x[0], y[0], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- sampled words
+
+def texts(ex, epoch=0): return [ex.at((epoch, k)) for k in range(len(ex.plan(epoch)))]
+
+def test_candidates_are_the_asked_words_and_some_others(tiny, data, goals):
+    few, whole = (texts(Examples(tiny, data, goals, replace(CFG, negatives=n))) for n in (30, 0)); V = tiny.backbone.config.vocab_size; asked = drawn = 0
+    for a, b in zip(few, whole, strict=True):
+        assert not {"candidates", "weight"} & b.keys() and torch.equal(a["text"] < 0, b["text"] < 0)
+        words, at = a["candidates"], b["text"] >= 0; used = set(b["text"][at].tolist()); u = len(used); asked += u; drawn += len(words) - u
+        assert torch.equal(words[a["text"][at]], b["text"][at]) and set(words[:u].tolist()) == used and not set(words[u:].tolist()) & used and 0 <= words.min() and words.max() < V and len(words) - u <= 30
+        torch.testing.assert_close(a["weight"].exp(), torch.tensor([1.] * u + [(V - u) / (len(words) - u)] * (len(words) - u)))
+    assert asked and drawn
+
+def test_candidates_differ_between_batches_and_repeat(tiny, data, goals):
+    draw = lambda seed, k: Examples(tiny, data, goals, replace(CFG, negatives=30, seed=seed))._candidates(torch.tensor([[-1]]), (0, k))["candidates"].tolist()
+    assert draw(0, 0) == draw(0, 0) and draw(0, 0) != draw(0, 1) and draw(0, 0) != draw(1, 0)
+
+def test_importance_weights_make_the_expected_denominator_right(outspoken, data, goals):
+    ex, g = Examples(outspoken, data, goals, replace(CFG, negatives=20)), Grounder(outspoken); text = torch.tensor([[-1, 70, 9, 70, -1, 200]])
+    h = 4 * torch.from_numpy(numpy_rng(0, "words").normal(size=(3, 64))).float(); s = torch.from_numpy(numpy_rng(1, "words").uniform(-.4, .4, (3, 10))).float()
+    with torch.no_grad():
+        full = outspoken.text_logits(h, s).exp(); some = [g.words(h, s, ex._candidates(text, (0, k))).exp().sum(-1) for k in range(3000)]; plain = [outspoken.text_logits(h, s, ex._candidates(text, (0, k))["candidates"]).exp().sum(-1) for k in range(50)]
+    assert (torch.stack(some).std(0) > .2 * full.sum(-1)).all()   # single draws are far off
+    torch.testing.assert_close(torch.stack(some).mean(0), full.sum(-1), rtol=.05, atol=0); assert (torch.stack(plain).mean(0) < .5 * full.sum(-1)).all()
+
+def test_many_negatives_give_the_loss_of_the_whole_vocabulary(outspoken, data, goals):
+    with torch.no_grad():
+        outspoken.backbone.get_output_embeddings().weight.mul_(8)   # so that words differ in probability
+        loss = {n: torch.stack([Grounder(outspoken)(b)[0] for b in texts(Examples(outspoken, data, goals, replace(CFG, batch_tokens=900, negatives=n)))]) for n in (0, 3, 200_000)}
+    rows = loss[0][:, 3] > 0; assert rows.sum() > 1
+    torch.testing.assert_close(loss[200_000], loss[0], rtol=5e-3, atol=1e-5); assert not torch.allclose(loss[3][rows, 3], loss[0][rows, 3], rtol=2e-2)
+    torch.testing.assert_close(loss[3][:, [1, 2, 4, 5, 6]], loss[0][:, [1, 2, 4, 5, 6]])   # nothing else depends on it
 
 
 # ---------------------------------------------------------------- the plan
 
-def test_every_example_once_an_epoch(tiny, data, goals):
-    ex = Examples(tiny, data, goals, replace(CFG, mix=(1., 1., 1., 1.)))
-    for epoch in (0, 1, 5):
-        rows = np.concatenate(ex.plan(epoch))
-        assert sorted(map(tuple, rows[:, :2].tolist())) == [(i, t) for i in range(len(data)) for t in range(4)]
-        assert (rows[:, 2] < data.lengths[rows[:, 0]]).all() and (rows[rows[:, 1] != DYNAMICS, 2] == 0).all()
+ALL = (1., 1., 1., 1., 1.)
 
-@pytest.mark.parametrize("mix, counts", [((1., 1., .5, .25), (24, 24, 12, 6)), ((2., 0., 0., 1.), (48, 0, 0, 24))])
+def examples(plan):
+    "Every (rollout, task, first step) of a plan."
+    return np.concatenate([rows for batch in plan for rows in batch])
+
+def test_every_example_once_an_epoch(tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, mix=ALL))
+    for epoch in (0, 1, 5):
+        rows = examples(ex.plan(epoch)); one_step = np.isin(rows[:, 1], (DYNAMICS, DESCRIBE))
+        assert sorted(map(tuple, rows[:, :2].tolist())) == [(i, t) for i in range(len(data)) for t in range(5)]
+        assert (rows[:, 2] < data.lengths[rows[:, 0]]).all() and (rows[~one_step, 2] == 0).all() and (rows[one_step, 2] > 0).any()
+
+@pytest.mark.parametrize("share", [1, 3, 8])
+def test_branches_share_a_task_and_a_prompt(share, tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, mix=ALL, share=share)); most = {}
+    for batch in ex.plan(0):
+        for rows in batch:
+            t = int(rows[0, 1]); most[t] = max(most.get(t, 0), len(rows)); q = ex._write(rows)
+            assert (rows[:, 1] == t).all() and set(q.branch) == set(range(len(rows) + 1)) and (t not in (GENERATE, CONSEQUENCE) or len(set(data.goal[rows[:, 0]])) == 1)
+            prompt = ex.w.prompt(TASKS[t], 0, goals[data.goal[rows[0, 0]]].text, int(rows[0, 0])); assert q.ids[:len(prompt)] == prompt and q.branch.count(0) == len(prompt)
+    assert most == {GENERATE: min(share, 6), DYNAMICS: share, EXPLAIN: 1, CONSEQUENCE: min(share, 6), DESCRIBE: share}
+
+def test_every_wording_is_used(tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, mix=ALL, share=3)); heads = lambda t, epoch: {tuple(q.ids[:q.branch.count(0)]) for batch in ex.plan(epoch) for rows in batch if rows[0, 1] == t for q in [ex._write(rows)]}
+    for t in (EXPLAIN, DESCRIBE): assert heads(t, 0) | heads(t, 1) | heads(t, 2) == {tuple(ex.w.ids(said[0])) for said in PROMPTS[TASKS[t]]}
+
+def test_steps_are_described_in_the_words_given(tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, mix=(0., 0., 0., 0., 1.), negatives=0)); eos = tiny.tokenizer.eos_token_id
+    for rows in ex.plan(0)[0]:
+        q = ex._write(rows); said = tiny.tokenizer.decode([i for i in q.text if i >= 0]).split(tiny.tokenizer.eos_token)
+        assert said == [" " + motions(data.states[i, f], data.states[i, f + 1]) for i, _, f in rows] + [""] and q.text.count(eos) == len(rows)
+    other = Examples(tiny, data, goals, ex.cfg, describe=lambda a, b: f"{len(a)}")._write(np.array([[0, DESCRIBE, 1]])); assert [i for i in other.text if i >= 0] == ex.w.ids(" 10") + [eos]
+
+@pytest.mark.parametrize("mix, counts", [((1., 1., .5, .25, 0.), (24, 24, 12, 6, 0)), ((2., 0., 0., 1., .5), (48, 0, 0, 24, 12))])
 def test_the_mix_decides_how_often(mix, counts, tiny, data, goals):
-    rows = np.concatenate(Examples(tiny, data, goals, replace(CFG, mix=mix)).plan(0))
+    rows = examples(Examples(tiny, data, goals, replace(CFG, mix=mix)).plan(0))
     for task, n in enumerate(counts):
         times = np.bincount(rows[rows[:, 1] == task, 0], minlength=24)
         assert times.sum() == n and times.max() - times.min() <= 1
 
-def test_first_steps_of_dynamics_are_spread(tiny, data, goals):
-    ex = Examples(tiny, data, goals, CFG)
-    steps = {(i, f) for epoch in range(30) for i, t, f in np.concatenate(ex.plan(epoch)).tolist() if t == DYNAMICS}
-    assert len(steps) > .9 * data.lengths.sum()
+def test_first_steps_of_dynamics_and_captions_are_spread(tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, mix=ALL))
+    for task in (DYNAMICS, DESCRIBE): assert len({(i, f) for epoch in range(30) for i, t, f in examples(ex.plan(epoch)).tolist() if t == task}) > .9 * data.lengths.sum()
 
 def test_epochs_and_seeds_differ_and_repeat(tiny, data, goals):
-    plan = lambda seed, epoch: [r.tolist() for r in Examples(tiny, data, goals, replace(CFG, seed=seed)).plan(epoch)]
+    plan = lambda seed, epoch: [[rows.tolist() for rows in batch] for batch in Examples(tiny, data, goals, replace(CFG, seed=seed)).plan(epoch)]
     assert plan(0, 0) == plan(0, 0) and plan(0, 0) != plan(0, 1) and plan(0, 0) != plan(1, 0)
 
 @pytest.mark.parametrize("budget", [200, 400, 1500])
 def test_batches_keep_to_the_token_budget(budget, tiny, data, goals):
-    ex = Examples(tiny, data, goals, replace(CFG, batch_tokens=budget)); several = 0
-    for i, rows in enumerate(ex.plan(0)):
-        several += len(rows) > 1
-        assert len(rows) == 1 or ex.at((0, i))["kind"].numel() <= budget
-    assert several
+    "A batch ends with the sequence that fills it: what follows its first is less than the budget, and two neighbours make up at least one."
+    ex = Examples(tiny, data, goals, replace(CFG, batch_tokens=budget, mix=(2., 2., 2., 1., 2.))); several, sizes = 0, []
+    for k, batch in enumerate(ex.plan(0)):
+        lengths = [len(ex._write(rows)) for rows in batch]; several += len(batch) > 1; sizes.append(sum(lengths))
+        assert sum(lengths[1:]) < budget and lengths == [ex._length(rows) for rows in batch] and (ex.at((0, k))["kind"] != PAD).sum() == sum(lengths)
+    assert several and len(sizes) > 2 and all(a + b >= budget for a, b in zip(sizes, sizes[1:]))
 
-def test_lengths_are_mixed_with_little_padding(tiny, goals):
-    ex = Examples(tiny, make_rollouts(150, goals=len(goals), steps=20), goals, replace(CFG, batch_tokens=1500))
-    kinds = [ex.at((0, i))["kind"] for i in range(len(ex.plan(0)))]
-    assert sum((k == PAD).sum() for k in kinds) / sum(k.numel() for k in kinds) < .15
+def test_sequences_are_packed_with_little_padding(tiny, goals):
+    r = make_rollouts(150, goals=len(goals), steps=20)
+    def waste(width):
+        ex = Examples(tiny, r, goals, replace(CFG, batch_tokens=3000, width=width)); kinds = [ex.at((0, k))["kind"] for k in range(len(ex.plan(0)))]
+        return sum((k == PAD).sum() for k in kinds) / sum(k.numel() for k in kinds)
+    assert waste(700) < .15 < waste(0)
 
-def test_max_length_keeps_long_rollouts_for_dynamics_only(tiny, data, goals):
-    rows = np.concatenate(Examples(tiny, data, goals, replace(CFG, max_length=2, mix=(1., 4., 1., 1.))).plan(0))
+def test_max_length_keeps_long_rollouts_for_single_steps_only(tiny, data, goals):
+    rows = examples(Examples(tiny, data, goals, replace(CFG, max_length=2, mix=(1., 4., 1., 1., 4.))).plan(0))
     long = data.lengths[rows[:, 0]] > 2
-    assert long.any() and (rows[long, 1] == DYNAMICS).all()
+    assert set(rows[long, 1]) == {DYNAMICS, DESCRIBE} and set(rows[~long, 1]) == set(range(5))
+
+def elements(batches):
+    "Everything asked and read in some batches, in no order."
+    return sorted(tuple(b[n][at].item() for n in ("kind", "ids", "action", "text", "span", "branch", "position", "credit")) + tuple(b["states"][at].tolist()) for b in batches for at in map(tuple, (b["kind"] != PAD).nonzero().tolist()))
 
 def test_shares_of_processes_make_up_the_batch(tiny, data, goals):
-    ex = Examples(tiny, data, goals, replace(CFG, batch_tokens=128)); small = 0
-    for i, rows in enumerate(ex.plan(0)):
-        whole = ex.at((0, i)); small += len(rows) < 2
-        shares = [ex.at((0, i), rank, 2) for rank in range(2)]   # each process needs something to do, or the others wait for ever
-        assert sorted({*shares[0]["task"].tolist(), *shares[1]["task"].tolist()}) == sorted(set(whole["task"].tolist()))
-        if len(rows) > 1: assert sum(len(s["kind"]) for s in shares) == len(rows)
-    assert small
+    ex = Examples(tiny, data, goals, replace(CFG, batch_tokens=128, negatives=0)); small = large = 0
+    for k, batch in enumerate(ex.plan(0)):
+        whole, shares = ex.at((0, k)), [ex.at((0, k), rank, 2) for rank in range(2)]   # each process needs something to do, or the others wait for ever
+        if len(batch) > 1: large += 1; assert elements(shares) == elements([whole]) and all((s["kind"] != PAD).any() for s in shares)
+        else: small += 1; assert elements(shares[:1]) == elements(shares[1:]) == elements([whole])
+    assert small and large
 
 def test_positions_continue_where_they_are_told(tiny, data, goals):
-    ex = Examples(tiny, data, goals, CFG); n = len(ex.plan(0)); it = positions(ex, (0, 0))
+    ex = Examples(tiny, data, goals, replace(CFG, batch_tokens=200)); n = len(ex.plan(0)); it = positions(ex, (0, 0)); assert n > 6
     first = [next(it) for _ in range(n + 3)]
     assert first == [(0, i) for i in range(n)] + [(1, 0), (1, 1), (1, 2)]
     again = positions(ex, first[5]); assert [next(again) for _ in range(n - 2)] == first[5:]
@@ -263,16 +448,25 @@ def test_finished_run_is_not_trained_again(whole, data, goals):
     assert before == {n: (whole/n).read_bytes() for n in before}
 
 def test_checkpoint_is_what_training_returned(whole, data, goals):
-    from kalm.embeddings import KalmLM
     lm, back = ground(data, goals, CFG), KalmLM.from_pretrained(whole)
     for (n, a), b in zip(lm.own_parameters().items(), back.own_parameters().values()): torch.testing.assert_close(a, b, rtol=2**-8, atol=0)
     assert back.normaliser == Normaliser.fit(data) and back.adapter == CFG.adapter and not lm.training
 
-@pytest.mark.parametrize("change", [dict(lr=1.), dict(seed=1), dict(adapter=Adapter(rank=3)), dict(mix=(1., 1., 1., 1.)), dict(steps=9), dict(adapter=Adapter(full=True))], ids=str)
+@pytest.mark.parametrize("change", [dict(lr=1.), dict(seed=1), dict(adapter=Adapter(rank=3)), dict(mix=(1., 1., 1., 1., 0.)), dict(steps=9), dict(adapter=Adapter(full=True)),
+                                    dict(adapter=Adapter(rank=2, split=True)), dict(idle_credit=.5), dict(negatives=0), dict(share=2), dict(directions=8), dict(pairs=False), dict(scratch=True), dict(text_weight=.5)], ids=str)
 def test_other_settings_in_the_folder_are_refused(change, whole, data, goals):
     before = {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()}
-    with pytest.raises(ValueError): ground(data, goals, replace(CFG, **change), out=whole)
+    cfg = replace(CFG, **change)
+    with pytest.raises(ValueError): ground(data, goals, cfg, out=whole)
     assert before == {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()}
+
+def test_every_option_at_once_is_continued_and_comes_back(data, goals, tmp_path):
+    cfg = replace(CFG, steps=5, adapter=Adapter(rank=2, split=True, first=1), directions=8, pairs=False, idle_credit=.3, text_weight=.5, negatives=40, share=3, width=500, mix=ALL)
+    lm = ground(data, goals, cfg, out=tmp_path/"a")
+    with pytest.raises(Kill): ground(data, goals, cfg, out=tmp_path/"b", callback=killer(3))
+    ground(data, goals, cfg, out=tmp_path/"b"); same_weights(tmp_path/"a", tmp_path/"b"); back = KalmLM.from_pretrained(tmp_path/"a")
+    assert back.shape == lm.shape and back.shape["directions"] == 8 and not back.shape["pairs"] and back.adapter == cfg.adapter and back.own_parameters().keys() == lm.own_parameters().keys()
+    fresh = grounding.prepare(cfg, data).own_parameters(); assert all(not torch.equal(p, fresh[n]) for n, p in lm.own_parameters().items() if p.dim() > 1)   # all of it learnt
 
 def test_damaged_states_are_refused_and_kept(data, goals, tmp_path):
     with pytest.raises(Kill): ground(data, goals, CFG, out=tmp_path, callback=killer(3))
@@ -341,7 +535,7 @@ def test_bad_data_is_an_error_before_anything_is_written(make, message, data, go
     with pytest.raises(ValueError, match=message): ground(*make(data, goals), CFG, out=tmp_path/"out")
     assert not (tmp_path/"out").exists()
 
-@pytest.mark.parametrize("change", [dict(mix=(1., 1., 1.)), dict(mix=(0., 0., 0., 0.)), dict(mix=(1., -1., 1., 1.)), dict(steps=0), dict(batch_tokens=10), dict(adapter=dict(rank=0))], ids=str)
+@pytest.mark.parametrize("change", [dict(mix=(1., 1., 1., 1.)), dict(mix=(0., 0., 0., 0., 0.)), dict(mix=(1., -1., 1., 1., 1.)), dict(steps=0), dict(batch_tokens=10), dict(adapter=dict(rank=0))], ids=str)
 def test_bad_settings(change):
     with pytest.raises(ValueError): replace(CFG, **change)
 

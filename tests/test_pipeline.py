@@ -77,7 +77,7 @@ def test_every_stage_left_its_files(whole):
     assert {"kalm.json", "model.safetensors", "log.csv", "state.safetensors"} <= {f.name for f in (whole/"grounded").iterdir()}
     for level, n in p.imagined.items():
         folder = whole/"imagined"/level; r, counts, q = Rollouts.load(folder/"rollouts.npz"), load_json(folder/"filtered.json"), load_json(folder/"quality.json")
-        assert counts["rollouts"] == q["rollouts"] == n == len(r) + counts["dropped"] and (r.source == 1).all() and r.lengths.max() <= p.imagine_steps
+        assert counts["rollouts"] == q["rollouts"] == len(r) == n - counts["distrusted"] and q["imagined"] == n and q["off_table"] == 0 and (r.source == 1).all() and r.lengths.max() <= p.imagine_steps
     for algorithm, mix, seed in jobs(p): assert list((whole/"policies"/f"{algorithm}-{mix}-{seed}").glob("step-*/policy.safetensors"))
 
 def test_figures_are_pictures(whole):
