@@ -165,7 +165,7 @@ def imagine_stage(run: Run) -> None:
             save_goals(folder/"goals.json", goals); kept.save(folder/"rollouts.npz"); save_json(folder/"filtered.json", dict(distrusted=int((~trusted).sum())) | counts)
             save_json(folder/"quality.json", asdict(quality(kept, goals, Simulator(), WALLS, MAX_STEP)) | dict(imagined=len(raw)))
         q = load_json(folder/"quality.json")
-        run.say(f"  {level}: {q['rollouts']:,} of {q['imagined']:,} imagined rollouts are trusted, {q['match']:.0%} satisfy their goal in imagination, {q['replay']:.0%} when replayed on the real physics")
+        run.say(f"  {level}: {q['rollouts']:,} of {q['imagined']:,} imagined rollouts are kept, {q['match']:.0%} satisfy their goal in imagination, {q['replay']:.0%} when replayed on the real physics")
 
 def _imagine_shards(run: Run, lm: KalmLM, level: str, goals: list, n: int, folder: Path) -> tuple[Rollouts, np.ndarray]:
     "Generate or read the shards of one level, and whether each rollout passed the round trip."
