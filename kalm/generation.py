@@ -207,13 +207,14 @@ def explain(lm: KalmLM, rollouts: Rollouts, max_tokens: int = 32, batch_size: in
             prompt: tuple[str, str] = PROMPTS["explain"][0] # words before and after the rollout; others than these were never seen in training
            ) -> list[str]:
     "One sentence for each rollout: what it was for."
-    return _say(lm, [_story(Writer(lm), one, prompt) for one in rollouts], rollouts.last_states, max_tokens, batch_size, cached)
+    w = Writer(lm)
+    return _say(lm, [_story(w, one, prompt) for one in rollouts], rollouts.last_states, max_tokens, batch_size, cached)
 
 @torch.no_grad()
 def describe(lm: KalmLM, rollouts: Rollouts, max_tokens: int = 8, batch_size: int = 128, cached: bool = True) -> list[str]:
     "What moved in each rollout's last step, and which way: a colour and a side."
-    last = [replace(one, states=one.states[-2:], actions=one.actions[-1:]) for one in rollouts]
-    return _say(lm, [_story(Writer(lm), one, PROMPTS["describe"][0]) for one in last], rollouts.last_states, max_tokens, batch_size, cached)
+    w, last = Writer(lm), [replace(one, states=one.states[-2:], actions=one.actions[-1:]) for one in rollouts]
+    return _say(lm, [_story(w, one, PROMPTS["describe"][0]) for one in last], rollouts.last_states, max_tokens, batch_size, cached)
 
 def _say(lm: KalmLM, prompts: list, states: np.ndarray, max_tokens: int, batch_size: int, cached: bool) -> list[str]:
     "Continue each prompt with words about its state (B, S), greedily, until its sentence ends."

@@ -61,7 +61,7 @@ PRESETS = {p.name: p for p in (
     Preset("checkpoint", rollouts=100_000, rl_rollouts=6400, ground=_CPU, shipped=False,
            imagined=dict(rephrase=3200, easy=2400, hard=600), imagine_steps=50, together=True, steps=dict(bc=10_000, cql=20_000), cql=CQL(lr=1e-3, target_every=1000), seeds=3, episodes=350, seed=1, tries=(("easy", 4),)),
     Preset("paper", rollouts=100_000, rl_rollouts=6400, ground=GroundConfig(steps=4000, batch_tokens=65_536, mix=(1., 1., 1., 1., 0.), lr=1.5e-3, head_lr=1.5e-3), shipped=False,
-           imagined=dict(rephrase=5600, easy=72_400, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=5, tries=(("easy", 4),)),
+           imagined=dict(rephrase=5600, easy=72_400, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=5),
 )}
 
 # %% ../nbs/11_pipeline.ipynb #8cfc42f1
