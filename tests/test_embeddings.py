@@ -124,6 +124,11 @@ def test_words_about_a_state_are_those_of_a_hidden_vector_that_was_moved(lively)
         want, got, plain = (h + lively.word_head(h, lively.features(s))) @ table.T, lively.text_logits(h, s), lively.text_logits(h)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4); torch.testing.assert_close(plain, h @ table.T, atol=1e-5, rtol=1e-4); assert not torch.allclose(got, plain, atol=1e-2) and not torch.allclose(lively.text_logits(h, s.flip(0)), got, atol=1e-2)
 
+def test_only_words_about_a_known_state_are_moved(lively):
+    outspoken(lively); g = torch_rng(0); h, s, known = torch.randn(2, 3, 64, generator=g), torch.rand(2, 3, 10, generator=g) - .5, torch.tensor([[True, False, True], [False, False, True]])
+    with torch.no_grad(): got, moved, plain, some = lively.text_logits(h, s, known=known), lively.text_logits(h, s), lively.text_logits(h), lively.text_logits(h, s, among=torch.tensor([7, 3]), known=known)
+    assert torch.equal(got, torch.where(known[..., None], moved, plain)) and not torch.allclose(moved, plain, atol=1e-2); torch.testing.assert_close(some, got[..., [7, 3]])
+
 def test_embeddings_begin_as_words(tiny):
     table = tiny.backbone.get_input_embeddings().weight.detach(); rms = table.pow(2).mean().sqrt()
     word = lambda text: table[tiny.tokenizer(text, add_special_tokens=False).input_ids].mean(0)
@@ -180,6 +185,45 @@ def test_heads_are_those_of_a_loop():
         z = gelu((w["up.weight"] @ x + w["up.bias"]) * (1 + w["gate.weight"] @ f) + w["shift.weight"] @ f)
         return w["out.weight"] @ (z + gelu((w["mid.weight"] @ z + w["mid.bias"]) * (1 + w["gate2.weight"] @ f))) + w["out.bias"]
     with torch.no_grad(): np.testing.assert_allclose(head(h, f), [one(a, b) for a, b in zip(h.double().numpy(), f.double().numpy())], rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- a state in several elements
+
+def in_parts(**kw): return liven(KalmLM.from_pretrained("tiny-random", state_tokens=5, **kw))
+
+def spread_out(lm, kind, ids, states):
+    "The same sequence with every state in as many elements as it has points."
+    n = torch.where(kind == STATE, 5, 1); ids = torch.where(kind == STATE, 0, ids)
+    at = torch.arange(len(kind)).repeat_interleave(n); part = torch.cat([torch.arange(k) for k in n])
+    return kind[at], ids[at] + part, states[at]
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_is_about_a_point_is_what_changes_with_it(on):
+    f = Pairs(10, on); about = f.about(10); rng = numpy_rng(0, "about"); assert about.shape == (5, f.width) and about.dtype == torch.bool
+    for k in range(5):
+        s = torch.from_numpy(rng.uniform(-1, 1, (50, 10))); new = s.clone(); new[:, 2 * k:2 * k + 2] += torch.from_numpy(rng.uniform(-.5, .5, (50, 2)))
+        assert torch.equal((f(new) != f(s)).any(0), about[k])
+    assert (about.sum(0) == torch.tensor([1] * 10 + [2] * (f.width - 10))).all()   # a number belongs to one point, a pair to two
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_every_point_has_an_element_of_its_own(pairs):
+    lm = in_parts(pairs=pairs); kind, ids, states = spread_out(lm, *sequence(lm)); at = (kind == STATE).nonzero()[:, 0]; assert ids[at].tolist() == [0, 1, 2, 3, 4] * 4 and lm.part_embed.weight.shape == (5, 64)
+    with torch.no_grad():
+        x = lm.embed(kind[None], ids[None], states[None])[0]; f, about = lm.features(states), lm.pairs.about(10)
+        for i in at: torch.testing.assert_close(x[i], lm.state_embed(torch.where(about[ids[i]], f[i], 0.)) + lm.part_embed.weight[ids[i]])
+        for k in range(5):
+            new = states.clone(); new[:, 2 * k] += .1; moved = (lm.embed(kind[None], ids[None], new[None])[0] - x).abs().amax(-1) > 0
+            assert moved[at].tolist() == [pairs or i == k for i in ids[at]] and not moved[kind != STATE].any()
+
+def test_parts_of_a_state_are_learnt_and_seeded():
+    lm = in_parts(); kind, ids, states = spread_out(lm, *sequence(lm)); lm(kind[None], ids[None], states[None])[0].pow(2).sum().backward(); g = lm.part_embed.weight.grad
+    assert (g.abs().amax(1) > 0).all() and "part_embed.weight" in lm.own_parameters() and "about" not in lm.state_dict(); table = lm.backbone.get_input_embeddings().weight
+    assert .8 < lm.part_embed.weight.detach().pow(2).mean().sqrt() / table.pow(2).mean().sqrt() < 1.2 and torch.equal(in_parts().part_embed.weight, lm.part_embed.weight) and not torch.equal(in_parts(seed=1).part_embed.weight, lm.part_embed.weight)
+    one = KalmLM.from_pretrained("tiny-random"); assert not hasattr(one, "part_embed") and one.shape["state_tokens"] == 1
+
+@pytest.mark.parametrize("tokens, state_dim", [(0, 10), (2, 10), (10, 10), (-1, 10), (2, 5), (3, 7)])
+def test_bad_numbers_of_elements(tokens, state_dim):
+    with pytest.raises(ValueError, match=f"{tokens} tokens for a state of {state_dim} numbers"): KalmLM.from_pretrained("tiny-random", state_tokens=tokens, state_dim=state_dim, pairs=False)
 
 
 # ---------------------------------------------------------------- what the model reads
@@ -391,9 +435,9 @@ def test_full_tuning_comes_back(tiny, tmp_path):
 def test_other_state_and_action_spaces_come_back(tmp_path):
     lm = KalmLM(*load_backbone("tiny-random"), "tiny-random", state_dim=4, n_actions=7, hidden=32); lm.save_pretrained(tmp_path)
     back = KalmLM.from_pretrained(tmp_path)
-    assert back.shape == dict(state_dim=4, n_actions=7, hidden=32, pairs=True, directions=0) and back.done == 7 and len(back.normaliser.mean) == 4
+    assert back.shape == dict(state_dim=4, n_actions=7, hidden=32, pairs=True, directions=0, state_tokens=1) and back.done == 7 and len(back.normaliser.mean) == 4
 
-@pytest.mark.parametrize("kw", [dict(directions=8), dict(pairs=False), dict(pairs=False, state_dim=7, directions=3, n_actions=9)], ids=str)
+@pytest.mark.parametrize("kw", [dict(directions=8), dict(pairs=False), dict(pairs=False, state_dim=7, directions=3, n_actions=9), dict(state_tokens=5), dict(state_tokens=2, state_dim=4, pairs=False)], ids=str)
 def test_other_maps_come_back(kw, tmp_path, cache):
     lm = outspoken(liven(KalmLM.from_pretrained("tiny-random", **kw))); lm.save_pretrained(tmp_path, dtype=None); back = KalmLM.from_pretrained(tmp_path); S = lm.shape["state_dim"]; h, s = torch.rand(3, 64, generator=torch_rng(0)), torch.rand(3, S, generator=torch_rng(1))
     assert back.shape == lm.shape and lm.shape.items() >= kw.items() and equal(own(lm), own(back))
@@ -450,7 +494,7 @@ def test_weights_of_another_shape_or_name_are_refused(saved):
 REMOVE = "(removed)"
 
 @pytest.mark.parametrize("change", [
-    dict(format="kalm-lm-1"), dict(format=REMOVE), dict(pairs=False), dict(pairs=REMOVE), dict(directions=8), dict(directions=7), dict(directions="8"), dict(directions=REMOVE), dict(adapter=dict(rank=4, split=True)), dict(adapter=dict(rank=4, first=1)), dict(backbone=REMOVE), dict(backbone="../../etc"), dict(backbone="/etc"), dict(backbone="evil/model"), dict(backbone=7), dict(backbone_id=REMOVE),
+    dict(format="kalm-lm-1"), dict(format=REMOVE), dict(pairs=False), dict(pairs=REMOVE), dict(directions=8), dict(directions=7), dict(directions="8"), dict(directions=REMOVE), dict(state_tokens=REMOVE), dict(state_tokens=5), dict(state_tokens=3), dict(state_tokens="1"), dict(adapter=dict(rank=4, split=True)), dict(adapter=dict(rank=4, first=1)), dict(backbone=REMOVE), dict(backbone="../../etc"), dict(backbone="/etc"), dict(backbone="evil/model"), dict(backbone=7), dict(backbone_id=REMOVE),
     dict(backbone_id="0" * 16), dict(state_dim=11), dict(hidden=256), dict(hidden="512"), dict(n_actions=REMOVE), dict(layers="two"), dict(layers=99), dict(adapter="lora"), dict(adapter=dict(rank=4, code="x")),
     dict(adapter=dict(rank=8)), dict(adapter=None), dict(normaliser=REMOVE), dict(normaliser=dict(mean=[0])), dict(normaliser=dict(mean=["x"] * 10, std=[1] * 10, step=1, jump=1))], ids=str)
 def test_a_header_that_was_tampered_with_is_refused(change, saved, no_network):

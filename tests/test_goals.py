@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kalm.goals import (COLOURS, COMPASS, LEVELS, Goal, configuration_index, configurations, find_layout, goal_array, goal_set,
-                        in_sector, load_goals, reward_rows, save_goals, split_goals, success_rows)
+                        in_sector, load_goals, relations, reward_rows, save_goals, split_goals, success_rows)
 
 GOLDEN = Path(__file__).resolve().parents[2]/"shared/golden/clevr_transitions.npz"
 AXES = dict(behind=(0, 1), left=(-1, 0), front=(0, -1), right=(1, 0))
@@ -275,6 +275,55 @@ def test_split_goals():
     assert {g.parts for g in kept} == {g.parts for g in goals}
     assert split_goals(goals, .25, np.random.default_rng(0)) == (kept, held)
     with pytest.raises(ValueError, match="fraction"): split_goals(goals, 1., np.random.default_rng(0))
+
+
+# ---- key words ---------------------------------------------------------------------------------------------------
+
+SIDE = dict(behind="back", left="left", front="front", right="right")
+
+
+@pytest.mark.parametrize("goal, gist", [
+    (Goal.move("red", "blue", "left"), "red blue left"), (Goal.move("cyan", "green", "behind", text="Hide cyan."), "cyan green back"), (Goal.move("blue", "red", "front"), "blue red front"),
+    (Goal.push("purple", "right"), "purple right"), (Goal.push("red", "behind"), "red back"), (Goal.line_up(), ""), (Goal.gather("red"), ""), (Goal.all_of([Goal.gather("green")]), ""),
+    (Goal.all_of([Goal.move("red", "cyan", "left"), Goal.move("green", "blue", "behind")]), "red cyan left; green blue back"),
+    (Goal.all_of([Goal.move("red", "blue", "right"), Goal.gather("green"), Goal.move("green", "cyan", "front")]), "red blue right; green cyan front")], ids=lambda x: x.gist if isinstance(x, Goal) else "")
+def test_gists_by_hand(goal, gist): assert goal.gist == gist
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gists_say_what_the_goal_is_and_nothing_else(level):
+    said = {}
+    for g in goal_set(level):
+        said.setdefault(g.gist, set()).add(tuple((p.kind, p.source, p.target, p.direction) for p in g.parts or (g,)))
+        want = [" ".join([COLOURS[p.source]] + [COLOURS[p.target]] * (p.kind == "move") + [SIDE[COMPASS[p.direction]]]) for p in g.parts or (g,) if p.kind in ("move", "push")]
+        assert g.gist == "; ".join(want), g.text
+    assert len(said) == dict(offline=80, rephrase=80, easy=20, hard=141)[level] and all(len(goals) == 1 for gist, goals in said.items() if gist)
+
+
+def test_relations_by_hand():
+    s = np.array([0, 0, .2, .1, -.2, .1, .1, .2, .1, -.3])              # red in the middle, blue to its right, green to its left, purple behind it, cyan in front of it
+    said = dict(relations(s)); assert len(said) == len(relations(s)) == 20 and list(said)[:5] == ["red blue", "red green", "red purple", "red cyan", "blue red"]
+    assert [said[f"{c} red"] for c in COLOURS[1:]] == ["right", "left", "back", "front"] and [said[f"red {c}"] for c in COLOURS[1:]] == ["left", "right", "front", "back"]
+    assert (said["green blue"], said["purple cyan"], said["blue purple"]) == ("left", "back", "right")   # the last on the very diagonal, at -45 degrees
+    for bad in (np.zeros(9), np.full(10, np.nan)):
+        with pytest.raises(ValueError, match="expected"): relations(bad)
+
+
+def test_relations_are_those_of_angles(states):
+    for s in states[:200]:
+        x, said = s.reshape(5, 2), dict(relations(s))
+        for i, a in enumerate(COLOURS):
+            for j, b in enumerate(COLOURS):
+                if i != j: dx, dy = x[i] - x[j]; assert said[f"{a} {b}"] == ["right", "back", "left", "front"][round(np.degrees(np.arctan2(dy, dx)) / 90) % 4]
+
+
+def test_relations_are_the_gists_that_hold(states):
+    "A move goal is fulfilled exactly where its gist is a relation and the two balls are near."
+    goals = configurations(); held = 0
+    for s in states[:100]:
+        true, x = {f"{q} {a}" for q, a in relations(s)}, s.reshape(5, 2)
+        for g in goals: near = np.linalg.norm(x[g.source] - x[g.target]) < .39; assert g.success(s) == (near and g.gist in true); held += bool(near and g.gist in true)
+    assert held > 100
 
 
 # ---- storage -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 "The command line from nothing to figures: whole, in stages, stopped, repeated, and given nonsense."
 import hashlib
+import json
 import shutil
 import time
 from concurrent.futures import Future
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,11 +15,13 @@ import kalm.data
 import kalm.grounding
 import kalm.offline
 import kalm.pipeline as pipeline
-from conftest import python, same_rollouts
-from kalm.core import Rollouts, load_json, read_csv
+from conftest import make_rollouts, python, same_rollouts
+from kalm.core import IMAGINED, Rollouts, load_json, read_csv
 from kalm.evaluate import RESULT_COLUMNS
-from kalm.goals import LEVELS
-from kalm.pipeline import PRESETS, STAGES, jobs, main
+from kalm.generation import generate, repair_unreal, verdict
+from kalm.goals import LEVELS, goal_set, motions, success_rows
+from kalm.grounding import TASKS
+from kalm.pipeline import PRESETS, STAGES, UNSEEN_PROMPT, assess, assess_explanations, configure, dream, imagine_stage, jobs, main, parser
 
 SMOKE = ["--preset", "smoke", "--out"]
 KALM = ["-c", "import sys; from kalm.pipeline import main; sys.exit(main())"]
@@ -163,6 +168,92 @@ def test_interrupted_by_hand(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pipeline.STAGES, "ground", press)
     assert main(["run", *SMOKE, str(tmp_path/"run")]) == 130
     assert "continues" in capsys.readouterr().err and (tmp_path/"run"/"data"/"rollouts.npz").exists()
+
+
+# ---------------------------------------------------------------- presets and options
+
+def test_presets_are_whole():
+    assert list(PRESETS) == [p.name for p in PRESETS.values()] == ["smoke", "quick", "checkpoint", "paper"]
+    for p in PRESETS.values():
+        assert set(p.imagined) <= set(LEVELS[1:]) and set(dict(p.tries)) <= set(p.imagined) and p.rl_rollouts <= p.rollouts and len(p.ground.mix) == len(TASKS) and not p.ground.start and set(p.steps) == {"bc", "cql"} and json.loads(json.dumps(asdict(p)))
+    assert PRESETS["quick"].ground == replace(PRESETS["checkpoint"].ground, steps=PRESETS["quick"].ground.steps) and [n for n, p in PRESETS.items() if p.shipped] == ["quick"]   # what ships is what `checkpoint` makes
+
+@pytest.mark.parametrize("argv, shipped, backbone, seed", [([], True, None, 0), (["--ground-afresh"], False, None, 0), (["--backbone", "tiny-random"], False, "tiny-random", 0), (["--seed", "7"], True, None, 7), (["--preset", "paper", "--seed", "3"], False, None, 3)], ids=str)
+def test_options_change_the_preset(argv, shipped, backbone, seed):
+    p = configure(parser().parse_args(["run", *argv])); base = PRESETS["paper" if "paper" in argv else "quick"]
+    assert p == replace(base, shipped=shipped, seed=seed, ground=replace(base.ground, seed=seed, backbone=backbone or base.ground.backbone))
+
+
+# ---------------------------------------------------------------- the imagine stage
+
+@pytest.mark.parametrize("trusted", [[1, 0, 0, 1, 1, 0, 1, 0], [0] * 8, [1] * 8], ids=str)
+def test_what_is_not_trusted_is_left_out_unless_it_is_all(trusted, tmp_path, monkeypatch, capsys):
+    from kalm.env import MAX_STEP, WALLS
+    run = pipeline.Run(replace(PRESETS["smoke"], imagined=dict(easy=8)), tmp_path/"run"); raw = make_rollouts(8, goals=400, steps=1, source=IMAGINED); raw = replace(raw, states=raw.states * np.float32(1.8)); goals = goal_set("easy")
+    monkeypatch.setattr(pipeline, "grounded_lm", lambda run: "the model"); monkeypatch.setattr(pipeline, "_imagine_shards", lambda run, lm, level, goals, n, folder: (raw, np.array(trusted, bool)))
+    imagine_stage(run); keep = np.flatnonzero(trusted) if any(trusted) else np.arange(8); folder = run.out/"imagined"/"easy"; want, counts = repair_unreal(raw[keep], goals, WALLS, MAX_STEP); assert counts["repaired"] > 0
+    assert same_rollouts(Rollouts.load(folder/"rollouts.npz"), want) and load_json(folder/"filtered.json") == counts | dict(distrusted=8 - len(keep)); q = load_json(folder/"quality.json"); assert (q["imagined"], q["rollouts"]) == (8, len(keep))
+    assert ("all are kept" in capsys.readouterr().out) == (not any(trusted))
+
+@pytest.mark.parametrize("tries", [(), (("easy", 3),)])
+def test_only_levels_with_tries_are_filtered(tries, lively, tmp_path, monkeypatch):
+    run = pipeline.Run(replace(PRESETS["smoke"], tries=tries), tmp_path/"run"); asked, passed = [], np.array([True, False] * 3)
+    monkeypatch.setattr(pipeline, "imagine_trusted", lambda lm, goals, s, index, tries, **kw: asked.append(tries) or (generate(lm, goals, s, index, **kw), passed)); goals = goal_set("easy")
+    a, ok = pipeline._imagine_shards(run, lively, "easy", goals, 6, tmp_path/"x"); assert asked == [t for _, t in tries] and ok.tolist() == (passed.tolist() if tries else [True] * 6)
+    monkeypatch.setattr(pipeline, "generate", None); monkeypatch.setattr(pipeline, "imagine_trusted", None); b, again = pipeline._imagine_shards(run, None, "easy", goals, 6, tmp_path/"x"); assert same_rollouts(a, b) and again.tolist() == ok.tolist()   # read, not made again
+    assert len(set(a.goal)) == 6 and (a.lengths == 1).all() and (a.source == IMAGINED).all()
+
+
+# ---------------------------------------------------------------- measures
+
+@pytest.fixture(scope="module")
+def expert():
+    from kalm.data import collect
+    return collect(goal_set("offline"), 12, policy="expert", seed=1, workers=1, progress=False)
+
+QUALITY = {"rollouts", "match", "replay", "step_error", "still_error", "off_table", "off_table_repaired", "too_fast", "length"}
+FULL = {f"{k}_{n}" for k in ("done", "trusted") for n in ("match", "replay")} | {f"filter_{n}_{k}" for n in ("match", "replay") for k in ("kept", "precision", "recall", "base")} | {"trusted"}
+
+def share(x): return np.isnan(x) or 0 <= x <= 1
+
+def test_dreams_are_spread_over_the_goals_and_seeded(lively):
+    a, b, c = (dream(lively, "easy", 12, seed, max_steps=1) for seed in (1, 1, 2)); assert same_rollouts(a, b) and not np.array_equal(a.goal, c.goal) and len(set(a.goal)) == 12 and (a.source == IMAGINED).all()
+    assert not success_rows(goal_set("easy"), a.goal, a.states[:, 0], start=a.states[:, 0]).any() and np.bincount(dream(lively, "hard", 250, max_steps=0).goal).tolist().count(1) == 150
+
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_a_tiny_model_is_assessed(level, lively):
+    pushes = level == "easy"; n, kw = 6, dict(max_steps=2, tries=2, batch_size=4); raw = dream(lively, level, n, max_steps=2, batch_size=4)
+    short, full = assess(lively, level, n, full=False, **kw), assess(lively, level, n, raw=raw, **kw)
+    assert set(short) == QUALITY | ({"action_match"} if pushes else set()) and set(full) == set(short) | FULL | ({"trusted_action_match"} if pushes and full["trusted"] else set()) and {k: full[k] for k in short} == short
+    assert short["rollouts"] == n and short["off_table_repaired"] == 0 and short["length"] == raw.lengths.mean() and all(share(v) for k, v in full.items() if k not in ("rollouts", "length", "step_error", "still_error"))
+    if pushes: assert short["action_match"] == np.mean([goal_set(level)[g].action_success(a[0]) for g, a in zip(raw.goal, raw.actions)])
+    else: assert full["filter_match_kept"] > 0   # goals that no round trip can judge are let through
+
+def test_real_rollouts_are_assessed_as_perfect(expert):
+    row = assess(None, "offline", raw=expert, full=False); assert (row["rollouts"], row["match"], row["replay"], row["off_table"], row["off_table_repaired"], row["too_fast"]) == (12, 1, 1, 0, 0, 0) and row["length"] == expert.lengths.mean()
+
+def test_what_ends_and_what_passes_are_counted_apart(expert, monkeypatch):
+    "Real rollouts, half of them with their last step cut off, half of each distrusted."
+    whole = np.arange(12) < 6; length = np.where(whole, expert.lengths, expert.lengths - 1); m = np.arange(expert.max_steps) < length[:, None]; ok = np.arange(12) % 3 > 0; passed = np.arange(12) < 8; asked = []
+    done = Rollouts(np.where(np.arange(expert.max_steps + 1)[:, None] <= length[:, None, None], expert.states, 0), np.where(m, expert.actions, -1), lengths=length, goal=expert.goal)
+    monkeypatch.setattr(pipeline, "generate", lambda lm, goals, s, index, **kw: asked.append(kw) or done); monkeypatch.setattr(pipeline, "round_trip", lambda lm, r, goals: (ok, [""] * 12))
+    monkeypatch.setattr(pipeline, "imagine_trusted", lambda lm, goals, s, index, **kw: asked.append(kw) or (done, passed))
+    row = assess(None, "offline", 12, seed=4, max_steps=9, tries=3, raw=expert); assert row["match"] == 1 and row["done_match"] == row["done_replay"] == .5 and row["trusted"] == pytest.approx(8 / 12) and row["trusted_match"] == row["trusted_replay"] == 6 / 8
+    for name in ("match", "replay"): assert {k: row[f"filter_{name}_{k}"] for k in ("kept", "precision", "recall", "base")} == asdict(verdict(ok, whole))
+    assert asked == [dict(stop="done", max_steps=9, seed=4, batch_size=128), dict(stop="done", max_steps=9, seed=4, batch_size=128, tries=3)]
+    monkeypatch.setattr(pipeline, "imagine_trusted", lambda *a, **kw: (done, ~passed & passed)); row = assess(None, "offline", 12, raw=expert); assert row["trusted"] == row["trusted_match"] == row["trusted_replay"] == 0
+
+EXPLAINED = {f"explained_{p}_{k}" for p in ("seen", "unseen") for k in ("balls", "order", "direction", "all", "true")} | {"understood", "described", "described_moving"}
+
+def test_a_perfect_speaker_has_full_marks_and_a_mute_one_none(monkeypatch):
+    taught, rephrase, prompts = goal_set("offline"), {g.text: g.gist for g in goal_set("rephrase")}, []
+    monkeypatch.setattr(pipeline, "explain", lambda lm, r, batch_size, **kw: prompts.append(kw) or [taught[g].text for g in r.goal]); monkeypatch.setattr(pipeline, "understand", lambda lm, texts, batch_size: [rephrase[t] for t in texts])
+    monkeypatch.setattr(pipeline, "describe", lambda lm, r, batch_size: [motions(*s) for s in r.states]); row = assess_explanations(None, 30); assert set(row) == EXPLAINED and set(row.values()) == {1.} and prompts == [{}, dict(prompt=UNSEEN_PROMPT)]
+    for name in ("explain", "understand", "describe"): monkeypatch.setattr(pipeline, name, lambda lm, x, batch_size, **kw: [""] * len(x))
+    assert set(assess_explanations(None, 30).values()) == {0.}
+
+def test_what_a_tiny_model_says_is_assessed(lively, monkeypatch):
+    few = {l: goal_set(l)[:20] for l in LEVELS}; monkeypatch.setattr(pipeline, "goal_set", few.get); row = assess_explanations(lively, 8, batch_size=16); assert set(row) == EXPLAINED and all(share(v) for v in row.values())
 
 
 # ---------------------------------------------------------------- nonsense

@@ -1,4 +1,4 @@
-"""Measure a grounded model: results/imagination.csv, one row a model and level, and results/explanations.csv, one row a model.
+"""Measure a grounded model: results/imagination.csv, one row a model and level, and results/explanations.csv, one row a model. Its rollouts and what it says of them are kept in results/imagined/.
 
     python tools/assess.py [--rollouts 1000] [--max-steps 50] [--checkpoint FOLDER] [--levels offline rephrase easy hard] [--models grounded untrained]
 
@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 import kalm
-from kalm.core import append_csv, read_csv, sha256
+from kalm.core import append_csv, read_csv, save_json, sha256
 from kalm.embeddings import KalmLM, fast_dtype
+from kalm.generation import describe, explain
 from kalm.goals import LEVELS
-from kalm.pipeline import assess, assess_explanations
+from kalm.grounding import perplexity
+from kalm.pipeline import assess, assess_explanations, dream
 
 COLUMNS = ("match replay step_error still_error off_table off_table_repaired too_fast length action_match done_match done_replay "
            + " ".join(f"filter_{name}_{k}" for name in ("match", "replay") for k in ("kept", "precision", "recall", "base")) + " trusted trusted_match trusted_replay trusted_action_match").split()
@@ -23,9 +25,13 @@ def keep(path: Path, key: dict, row: dict, began: float) -> None:
     append_csv(path, key | {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | dict(seconds=round(time.monotonic() - began, 1)))
     print({k: v for k, v in key.items() if k != "checkpoint"}, {k: round(v, 3) for k, v in row.items() if v != ""}, flush=True)
 
+def show(folder: Path, lm: KalmLM, level: str, r) -> None:
+    "Keep imagined rollouts (their goals are those of `goal_set(level)`) and what the model says of each, for the figure notebooks."
+    r.save(folder/f"{level}.npz"); save_json(folder/f"{level}.json", dict(said=(describe if level == "easy" else explain)(lm, r)))
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--rollouts", type=int, default=1000); p.add_argument("--max-steps", type=int, default=50); p.add_argument("--seed", type=int, default=1); p.add_argument("--tries", type=int, default=4)
+    p.add_argument("--rollouts", type=int, default=1000); p.add_argument("--max-steps", type=int, default=50); p.add_argument("--seed", type=int, default=1); p.add_argument("--tries", type=int, default=8)
     p.add_argument("--checkpoint", type=Path, default=Path(kalm.__file__).parent/"assets"/"grounded", help="a grounded checkpoint's folder (default: the shipped one)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the two files")
     p.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS); p.add_argument("--models", nargs="+", default=["grounded", "untrained"], choices=["grounded", "untrained"])
@@ -38,11 +44,13 @@ def main():
     done = lambda path, **k: any(all(r[n] == str(v) for n, v in (key | k).items()) for r in read_csv(path))
     for model in a.models:
         path, began = a.out/"explanations.csv", time.monotonic()
-        if not done(path, model=model): keep(path, key | dict(model=model), assess_explanations(models[model], a.rollouts, a.seed), began)
+        if not done(path, model=model): keep(path, key | dict(model=model), assess_explanations(models[model], a.rollouts, a.seed) | dict(perplexity=perplexity(models[model])), began)
         for level in a.levels:
             path, began, k = a.out/"imagination.csv", time.monotonic(), dict(model=model, level=level, max_steps=a.max_steps, tries=a.tries)
             if done(path, **k): continue
-            row = assess(models[model], level, a.rollouts, a.seed, a.max_steps, a.tries, full=model == "grounded")
+            raw = dream(models[model], level, a.rollouts, a.seed, max_steps=a.max_steps)
+            row = assess(models[model], level, a.rollouts, a.seed, a.max_steps, a.tries, full=model == "grounded", raw=raw)
+            if model == "grounded": show(a.out/"imagined", models[model], level, raw)
             keep(path, key | k, {c: row.get(c, "") for c in COLUMNS}, began)
 
 if __name__ == "__main__": main()
