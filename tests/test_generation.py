@@ -9,7 +9,7 @@ import kalm.generation as generation
 from conftest import liven, make_rollouts, mute, same_rollouts
 from kalm.core import IMAGINED, Rollouts, numpy_rng
 from kalm.embeddings import ACTION, TEXT, KalmLM
-from kalm.generation import (Desk, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_trusted, judge_explanations, keywords, quality, repair_unreal, round_trip, same_place, understand,
+from kalm.generation import (Desk, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, keywords, parts_of, quality, repair_unreal, round_trip, same_place, understand,
                              verdict)
 from kalm.goals import COLOURS, COMPASS, COMPASS_VECTORS, Goal, configurations, goal_set, relations
 from kalm.grounding import DESCRIBE, EXPLAIN, GENERATE, MEANING, Writer, collate, meaning, write
@@ -500,3 +500,57 @@ def test_real_rollouts_need_no_repair(expert):
     from kalm.env import MAX_STEP, WALLS
     r, goals, _ = expert; got, counts = repair_unreal(r, goals, WALLS, MAX_STEP); assert counts == dict(rollouts=24, off_table_steps=0, too_fast_steps=0, repaired=0, no_longer_met=0)
     np.testing.assert_allclose(got.states, r.states, atol=1e-6); np.testing.assert_allclose(got.rewards, r.rewards, atol=1e-4); assert same_rollouts(got[:0], r[:0]) and (got.terminated == r.terminated).all() and r.terminated.all()
+
+
+# ---------------------------------------------------------------- one thing after the other
+
+RED, GREEN, BLUE = Goal.move("red", "blue", "left"), Goal.move("green", "cyan", "behind"), Goal.move("blue", "purple", "right")
+
+@pytest.mark.parametrize("said, want", [("red blue left; green cyan back", [RED, GREEN]), ("red blue left", [RED]), ("red blue left; red blue left;green cyan back", [RED, GREEN]), ("green cyan back; purple red", []), ("blah", []), ("", [])])
+def test_parts_are_taught_goals_or_none(said, want, monkeypatch):
+    monkeypatch.setattr(generation, "understand", lambda lm, texts, **k: [said] * len(texts)); taught = [*configurations(), *goal_set("offline")]
+    for found in parts_of(None, ["a", "b"], taught): assert [(p.source, p.target, p.direction) for p in found] == [(g.source, g.target, g.direction) for g in want] and all(p in taught for p in found)
+
+@pytest.fixture
+def obedient(monkeypatch):
+    "Each part is done in two pushes, and undoes nothing but what moves with its ball; `plans` says what each sentence asks for. (calls, plans)"
+    calls, plans = [], {}
+    def generate(lm, goals, states, index, max_steps=50, stop="goal", **k):
+        calls.append(dict(index=list(index), goals=goals, max_steps=max_steps, stop=stop, **k)); S = np.repeat(states[:, None], 3, 1).astype(np.float32)
+        for b, i in enumerate(index):
+            g = goals[i]; x = S[b].reshape(3, 5, 2)
+            if g.kind == "move": x[2, g.source] = x[2, g.target] + .3 * COMPASS_VECTORS[g.direction]; x[1, g.source] = x[0, g.source] + .1 * (x[2, g.source] - x[0, g.source])
+        return Rollouts(S, np.full((len(states), 2), 7), goal=index, source=np.full(len(states), IMAGINED), terminated=np.ones(len(states), bool))
+    monkeypatch.setattr(generation, "generate", generate); monkeypatch.setattr(generation, "parts_of", lambda lm, texts, *a: [plans[t] for t in texts])
+    return calls, plans
+
+def apart(n: int) -> np.ndarray: return np.tile(np.array([[0, .3], [.3, 0], [-.4, -.1], [-.3, .4], [.35, .45]], np.float32).reshape(10), (n, 1))
+
+LM = SimpleNamespace(shape=dict(state_dim=10), done=40)
+
+@pytest.mark.parametrize("stop", ["goal", "done"])
+def test_parts_are_imagined_one_from_where_the_last_ended(stop, obedient):
+    calls, plans = obedient; both = Goal.all_of([RED, GREEN], text="Both!"); plans |= {"Both!": [RED, GREEN]}; s = apart(3); assert not both.success(s).any()
+    r = imagine_by_parts(LM, [both, RED], s, [0, 0, 0], stop=stop, seed=3); assert r.lengths.tolist() == [4] * 3 and both.success(r.last_states).all() and r.terminated.all() and r.goal.tolist() == [0] * 3 and (r.source == IMAGINED).all()
+    assert [[c["goals"][i] for i in c["index"]] for c in calls] == [[RED] * 3, [GREEN] * 3] and all(c["seed"] == 3 and c["stop"] == "goal" for c in calls)   # a part ends by its own predicate, whoever ends the whole
+    np.testing.assert_array_equal(r.states[:, 0], s); np.testing.assert_allclose(r.rewards[:, :4], [[both.reward(a, b) for a, b in zip(one.states, one.states[1:])] for one in r], atol=1e-6); assert (r.actions[:, :4] == 7).all() and (r.actions[:, 4:] == -1).all()
+
+def test_a_goal_met_on_the_way_ends_the_rollout_only_where_its_predicate_may_be_looked_at(obedient):
+    _, plans = obedient; one = Goal.move("red", "blue", "left", text="One!"); plans |= {"One!": [RED, GREEN]}
+    early, late = (imagine_by_parts(LM, [one], apart(2), [0, 0], stop=stop) for stop in ("goal", "done")); assert early.lengths.tolist() == [2, 2] and late.lengths.tolist() == [4, 4] and early.terminated.all()
+    np.testing.assert_array_equal(early.states[:, :3], late.states[:, :3]); assert not early.states[:, 3:].any() and not early.rewards[:, 2:].any()
+
+def test_a_part_that_was_undone_is_done_again_and_one_that_holds_is_left(obedient):
+    calls, plans = obedient; both = Goal.all_of([RED, BLUE], text="Both!"); plans |= {"Both!": [RED, BLUE]}                       # the second part carries away what the first lies beside
+    r = imagine_by_parts(LM, [both], apart(1), rounds=2, stop="done"); asked = [c["goals"][c["index"][0]] for c in calls]; assert asked[:2] == [RED, BLUE] and asked[2:] == [RED] and r.lengths.tolist() == [6] and both.success(r.last_states).all()
+    calls.clear(); once = imagine_by_parts(LM, [both], apart(1), rounds=1, stop="done"); assert len(calls) == 2 and not both.success(once.last_states).any() and not once.terminated.any()
+    short = imagine_by_parts(LM, [both], apart(1), max_steps=3, stop="done"); assert short.lengths.tolist() == [3] and short.max_steps == 3; np.testing.assert_array_equal(short.states[0], r.states[0, :4])
+
+def test_what_cannot_be_taken_apart_is_imagined_whole(obedient):
+    calls, plans = obedient; goals = [Goal.all_of([RED, GREEN], text="Both!"), Goal.gather("green", text="Gather!")]; plans |= {"Both!": [RED, GREEN], "Gather!": []}
+    r = imagine_by_parts(LM, goals, apart(4), [1, 0, 1, 0], stop="done", part_steps=5, max_steps=9); whole = [c for c in calls if c["goals"] == goals]; assert len(whole) == 1 and whole[0]["index"] == [1, 1] and whole[0]["stop"] == "done" and whole[0]["max_steps"] == 9
+    assert r.goal.tolist() == [1, 0, 1, 0] and r.lengths.tolist() == [2, 4, 2, 4] and {c["max_steps"] for c in calls if c["goals"] != goals} == {5}
+
+def test_parts_of_a_real_tiny_model(lively, goals):
+    r = imagine_by_parts(lively, goals, starts(8), np.arange(8) % 4, max_steps=3, seed=1); want = generate(lively, goals, starts(8), np.arange(8) % 4, max_steps=3, seed=1); close(r, want)   # it says nothing that was taught, so all is imagined whole
+    with pytest.raises(ValueError, match="NaN"): imagine_by_parts(lively, goals, np.full((4, 10), np.nan))

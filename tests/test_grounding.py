@@ -15,7 +15,7 @@ from conftest import liven, make_rollouts, mute
 from kalm.core import Rollouts, numpy_rng, read_csv, torch_rng
 from kalm.embeddings import ACTION, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser
 from kalm.goals import MOVED, motions, relations
-from kalm.grounding import (ARROW, CONSEQUENCE, DESCRIBE, DYNAMICS, EXPLAIN, GENERATE, MEANING, PASSAGE, PROMPTS, READ, RELATE, TASKS, Examples, GroundConfig, Grounder, Losses, Sequence, Writer, collate,
+from kalm.grounding import (ARROW, CONSEQUENCE, DESCRIBE, DYNAMICS, EXPLAIN, GENERATE, MEANING, PASSAGE, PROMPTS, READ, RELATE, TASKS, COMPOSE, Examples, GroundConfig, Grounder, Losses, Sequence, Writer, collate, compose,
                             ground, learning_rate, meaning, ordinary_text, pack, passages, perplexity, positions, prepare, read, write)
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -662,6 +662,24 @@ def test_bad_settings(change):
 
 def test_nothing_short_enough(data, goals, tiny):
     with pytest.raises(ValueError, match="max_length = 1"): Examples(tiny, data[data.lengths > 1], goals, replace(CFG, max_length=1))
+
+ASK = ["Put the red ball behind the blue one.", "Put the green ball to the left of the cyan one.", "Could you hurry?"]
+
+def test_composed_sentences_ask_for_all_of_it():
+    made = [compose(ASK[:2], numpy_rng(0, k)) for k in range(200)]; brief = [t for t in made if t.lower().count("put") == 1]; assert len(set(made)) > 8 and .6 < len(brief) / 200 < .9
+    for t in made: assert t.startswith("Put the red ball behind the blue one") and t.endswith("green ball to the left of the cyan one.") and t.count(".") == 1 and "  " not in t and "Put" not in t[3:]
+    assert all("the green ball" in t for t in made)
+    for k in range(20): assert compose([ASK[0], ASK[2]], numpy_rng(0, k)).startswith("Put the red ball behind the blue one") and compose([ASK[0], ASK[2]], numpy_rng(0, k)).endswith("could you hurry?")
+    three = compose(["Red left.", "Red right.", "Red up."], numpy_rng(1)); assert all(w in three for w in ("left", "right", "up")) and compose(["Same.", "Same."], numpy_rng(0)) in {f"Same{j}{s}." for j in grounding.JOINTS for s in ("Same", "same")}
+
+@pytest.mark.parametrize("share, gist, want", [(.5, True, 12), (0., True, 0), (.5, False, 0)])
+def test_composed_sentences_are_asked_for_their_gists(share, gist, want, tiny, data, goals):
+    ex = Examples(tiny, data, goals, replace(CFG, compose=share, gist=gist)); rows = [q for batch in ex.plan(0) for q in batch if q[0, 1] == COMPOSE]; assert len(rows) == want
+    made = [ex._write(q) for q in rows]; assert len({tuple(q.ids) for q in made}) == len(made)
+    for r, q in zip(rows, made):
+        said = tiny.tokenizer.decode([i for i in q.text if i >= 0][:-1]).strip().split("; "); assert 2 <= len(said) <= 3 and set(said) <= {g.gist for g in goals} - {""} and q.text[-1] == tiny.tokenizer.eos_token_id
+        assert set(q.kind) == {TEXT} and ex._length(r) == len(q) and all(s is None for s in q.states)
+    assert ex.plan(0) is ex.plan(0) and [ex._write(q).ids for q in rows] == [q.ids for q in made]
 
 def test_nothing_to_read(data, goals, tiny):
     with pytest.raises(ValueError): Examples(tiny, data, goals, replace(CFG, mix=ALL), corpus=["short"]).at((0, 0))

@@ -40,7 +40,7 @@ def test_help(name, call, capsys):
     out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and "--rollouts" in out
 
 def test_ablations_are_listed_and_each_changes_what_it_says(call, capsys):
-    ablate = tool("ablate"); base = replace(pipeline.PRESETS["checkpoint"].ground, steps=100); every = ablate.variants(base); call(ablate, "--list"); assert [l.split(":")[0] for l in capsys.readouterr().out.splitlines()] == list(every) and every["base"] == {}
+    ablate = tool("ablate"); base = replace(pipeline.PRESETS["checkpoint"].ground, steps=100, compose=0.); every = ablate.variants(base); call(ablate, "--list"); assert [l.split(":")[0] for l in capsys.readouterr().out.splitlines()] == list(every) and every["base"] == {}
     made = {n: replace(base, **c) for n, c in every.items()}; assert len(set(map(repr, made.values()))) == len(made)   # all valid, no two alike
     for n, c in every.items(): assert all(getattr(made[n], k) != getattr(base, k) for k in c), n
     for n, k in [("no_dynamics", 1), ("no_explain", 2), ("no_consequence", 3), ("no_describe", 4), ("no_relate", 5)]: assert [a == b for a, b in zip(made[n].mix, base.mix)] == [i != k for i in range(len(TASKS))] and made[n].mix[k] == 0

@@ -12,13 +12,13 @@ import torch
 import kalm
 from kalm.core import append_csv, read_csv, save_json, sha256
 from kalm.embeddings import KalmLM, fast_dtype
-from kalm.generation import describe, explain
-from kalm.goals import LEVELS
+from kalm.generation import describe, explain, imagine_by_parts
+from kalm.goals import LEVELS, goal_set
 from kalm.grounding import perplexity
 from kalm.pipeline import assess, assess_explanations, dream
 
 COLUMNS = ("match replay step_error still_error off_table off_table_repaired too_fast length action_match done_match done_replay "
-           + " ".join(f"filter_{name}_{k}" for name in ("match", "replay") for k in ("kept", "precision", "recall", "base")) + " trusted trusted_match trusted_replay trusted_action_match").split()
+           + " ".join(f"filter_{name}_{k}" for name in ("match", "replay") for k in ("kept", "precision", "recall", "base")) + " trusted trusted_match trusted_replay trusted_action_match parts_match parts_replay parts_done_match parts_done_replay").split()
 
 def keep(path: Path, key: dict, row: dict, began: float) -> None:
     "Append one row, with every share to four digits."
@@ -49,8 +49,10 @@ def main():
             path, began, k = a.out/"imagination.csv", time.monotonic(), dict(model=model, level=level, max_steps=a.max_steps, tries=a.tries)
             if done(path, **k): continue
             raw = dream(models[model], level, a.rollouts, a.seed, max_steps=a.max_steps)
-            row = assess(models[model], level, a.rollouts, a.seed, a.max_steps, a.tries, full=model == "grounded", raw=raw)
+            parts = imagine_by_parts(models[model], goal_set(level), raw.states[:, 0], raw.goal, max_steps=a.max_steps, seed=a.seed) if model == "grounded" and level == "hard" else None
+            row = assess(models[model], level, a.rollouts, a.seed, a.max_steps, a.tries, full=model == "grounded", raw=raw, parts=parts)
             if model == "grounded": show(a.out/"imagined", models[model], level, raw)
+            if parts is not None: parts.save(a.out/"imagined"/"hard-parts.npz")
             keep(path, key | k, {c: row.get(c, "") for c in COLUMNS}, began)
 
 if __name__ == "__main__": main()
