@@ -26,7 +26,7 @@ def variants(base) -> dict:
     full = dict(adapter=Adapter(full=True), lr=2e-4)
     return dict(base={}, rank_4=dict(adapter=Adapter(rank=4, alpha=8)), rank_64=dict(adapter=Adapter(rank=64, alpha=128)), upper_half=dict(adapter=Adapter(first=15)), lr_5e_4=dict(lr=5e-4), lr_3e_3=dict(lr=3e-3),
                 full=full, split=dict(adapter=Adapter(split=True)), plain_state=dict(pairs=False), factored=dict(directions=8), all_credit=dict(idle_credit=1.),
-                no_dynamics=dict(mix=without(1)), no_explain=dict(mix=without(2)), no_consequence=dict(mix=without(3)), no_describe=dict(mix=without(4)), no_relate=dict(mix=without(5)), no_read=dict(mix=without(6)), no_gist=dict(gist=False), compose=dict(compose=.3), plain_words=dict(key_weight=1.), state_tokens_5=dict(state_tokens=5),
+                no_dynamics=dict(mix=without(1)), no_explain=dict(mix=without(2)), no_consequence=dict(mix=without(3)), no_describe=dict(mix=without(4)), no_relate=dict(mix=without(5)), no_read=dict(mix=without(6)), no_gist=dict(gist=False), compose=dict(compose=.1), plain_words=dict(key_weight=1.), state_tokens_5=dict(state_tokens=5),
                 layers_12=shallow(12), layers_20=shallow(20), random_weights=dict(scratch=True), random_weights_full=full | dict(scratch=True))
 
 def keep(folder: Path):
