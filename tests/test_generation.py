@@ -9,7 +9,7 @@ import kalm.generation as generation
 from conftest import liven, make_rollouts, mute, same_rollouts
 from kalm.core import IMAGINED, Rollouts, numpy_rng
 from kalm.embeddings import ACTION, TEXT, KalmLM
-from kalm.generation import (Desk, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, keywords, parts_of, quality, repair_unreal, round_trip, same_place, understand,
+from kalm.generation import (Desk, GoalReader, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, keywords, parts_of, quality, repair_unreal, round_trip, same_place, understand,
                              verdict)
 from kalm.goals import COLOURS, COMPASS, COMPASS_VECTORS, Goal, configurations, goal_set, relations
 from kalm.grounding import DESCRIBE, EXPLAIN, GENERATE, MEANING, Writer, collate, meaning, write
@@ -554,3 +554,22 @@ def test_what_cannot_be_taken_apart_is_imagined_whole(obedient):
 def test_parts_of_a_real_tiny_model(lively, goals):
     r = imagine_by_parts(lively, goals, starts(8), np.arange(8) % 4, max_steps=3, seed=1); want = generate(lively, goals, starts(8), np.arange(8) % 4, max_steps=3, seed=1); close(r, want)   # it says nothing that was taught, so all is imagined whole
     with pytest.raises(ValueError, match="NaN"): imagine_by_parts(lively, goals, np.full((4, 10), np.nan))
+
+
+# ---------------------------------------------------------------- the model in the world; goals as vectors
+
+@each_way
+def test_what_really_happens_takes_the_place_of_what_is_imagined(how, rows, lively):
+    "A world that answers as the model expects changes nothing; one that answers otherwise is what the model then reads."
+    goals, s, index = rows; dream, seen = generate(lively, *rows, max_steps=4, **how), []
+    def echo(which, actions): seen.append(which); n = count[which]; count[which] += 1; return dream.states[which, n + 1]
+    count = np.zeros(len(s), int); real = generate(lively, *rows, max_steps=4, world=echo, **how); np.testing.assert_array_equal(real.actions, dream.actions); np.testing.assert_array_equal(real.states, dream.states); assert (real.source == 0).all() and (dream.source == IMAGINED).all()
+    still = generate(lively, *rows, max_steps=4, world=lambda which, actions: np.asarray(s, np.float32)[which], **how); assert (still.states[:, 1] == still.states[:, 0]).all() and not np.array_equal(still.actions[:, 1:], dream.actions[:, 1:])
+
+def test_goals_as_vectors_are_what_is_held_in_mind(lively, goals):
+    w, reader, texts = Writer(lively), GoalReader(lively, batch_size=2), [g.text for g in goals]; got = reader.encode(texts + texts[:1])
+    for t, v in zip(texts, got):
+        ids = torch.tensor([w.prompt("generate", 0, t) + w.ids(MEANING)])
+        with torch.no_grad(): h = lively(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 10))[0, -1]
+        np.testing.assert_allclose(v, h / h.norm(), atol=1e-4)
+    assert got.dtype == np.float32 and np.array_equal(got[0], got[-1]) and np.array_equal(reader.encode(texts[1:2])[0], got[1]) and len(reader.known) == len(set(texts))

@@ -11,7 +11,7 @@ import kalm.offline as offline
 from kalm.core import IMAGINED, REAL, Rollouts, numpy_rng, read_csv, torch_rng
 from kalm.cql import CQL
 from kalm.goals import Goal
-from kalm.offline import BC, GoalMLP, Policy, Replay, SentenceEncoder, bc_loss, load_policy
+from kalm.offline import BC, GoalMLP, GoalMLPs, InverseDynamics, Policy, Replay, SentenceEncoder, bc_loss, hindsight, load_policy
 
 GOALS = [Goal.move("red", "blue", "behind"), Goal.move("green", "cyan", "left"), Goal.push("red", "front")]
 
@@ -101,8 +101,8 @@ def test_every_batch_is_half_real_half_imagined():
     real = {row.numpy().tobytes() for row in b.floats[:b.n_real]}
     for _ in range(20):
         batch = b.sample(16, rng)
-        rows = torch.cat([batch.states, batch.next_states, batch.rewards[:, None], batch.bootstrap[:, None]], 1)
-        assert [r.numpy().tobytes() in real for r in rows] == [True] * 8 + [False] * 8
+        rows = torch.cat([batch.states, batch.next_states, *(x[:, None] for x in (batch.rewards, batch.bootstrap, batch.weights))], 1)
+        assert [r.numpy().tobytes() in real for r in rows] == (~batch.imagined).tolist() == [True] * 8 + [False] * 8
 
 def test_one_source_alone_fills_the_batch_and_every_transition_is_drawn():
     for b in (replay(real=5), replay(real=0, imagined=5)):
@@ -113,6 +113,25 @@ def test_sampling_depends_on_the_generator_alone():
     b = replay(9, 9)
     one, two, three = (b.sample(8, torch_rng(s, "t")) for s in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(one, two)) and not torch.equal(one.states, three.states)
+
+def test_draws_of_several_steps_and_seeds_are_those_of_one():
+    b, rng = replay(9, 9), lambda: [torch_rng(s, "t") for s in (0, 1, 2)]
+    at_once, one = b.draw(8, 5, rng()), rng(); assert at_once.shape == (5, 3, 8)
+    for rows in at_once: assert torch.equal(rows, b.draw(8, 1, one)[0])
+    for s, rows in enumerate(at_once.unbind(1)): assert torch.equal(rows, b.draw(8, 5, [torch_rng(s, "t")])[:, 0])
+    batch = b.take(at_once); assert batch.states.shape == (5, 3, 8, 10) and batch.encodings.shape == (5, 3, 8, 6) and batch.imagined.shape == batch.weights.shape == (5, 3, 8)
+    for x, y in zip(batch, b.take(at_once[2, 1])): assert torch.equal(x[2, 1], y)
+
+@pytest.mark.parametrize("share, imagined", [(0., 0), (.25, 2), (.5, 4), (1., 8)])
+def test_the_share_of_imagined_rows_is_as_asked(share, imagined):
+    b = Replay([(rollouts(9), GOALS), (rollouts(9, source=IMAGINED), GOALS)], encoder=Fake(), share=share); rows = b.draw(8, 200, [torch_rng(0)])
+    assert ((rows >= b.n_real).sum(-1) == imagined).all() and len(rows.unique()) == (b.n_real if share < 1 else 0) + (b.n_imagined if share else 0)
+    assert b.fingerprint() != replay(9, 9).fingerprint() or share == .5
+
+def test_weights_go_with_their_rollouts():
+    r, dream = rollouts(9), rollouts(7, source=IMAGINED); w = numpy_rng(0).random(7)
+    b = Replay([(dream, GOALS), (r, GOALS)], encoder=Fake(), weights=[w, None]); got = b.take(torch.arange(len(b)))
+    np.testing.assert_array_equal(got.weights, np.concatenate([np.ones(b.n_real), np.repeat(w, dream.lengths)]).astype(np.float32)); assert b.fingerprint() != replay(9, 7).fingerprint()
 
 def test_transitions_keep_their_goal_encoding():
     r = rollouts(12); t = r.transitions(); b = Replay([(r, GOALS)], encoder=Fake())
@@ -126,8 +145,8 @@ def test_transitions_keep_their_goal_encoding():
 def test_success_ends_the_future_and_a_time_limit_does_not():
     one = dict(states=np.arange(30).reshape(1, 3, 10) / 10, actions=[[1, 2]], goal=[0])
     done, late = Rollouts(**one, terminated=[True]), Rollouts(**one, truncated=[True])
-    assert Replay([(done, GOALS)], encoder=Fake()).floats[:, -1].tolist() == [1, 0]
-    assert Replay([(late, GOALS)], encoder=Fake()).floats[:, -1].tolist() == [1, 1]
+    every = lambda r: (b := Replay([(r, GOALS)], encoder=Fake())).take(torch.arange(len(b)))
+    assert every(done).bootstrap.tolist() == [1, 0] and every(late).bootstrap.tolist() == [1, 1] and every(late).weights.tolist() == [1, 1]
 
 def test_sentences_are_stored_once_across_parts_with_different_goal_lists():
     b = Replay([(rollouts(8), GOALS), (rollouts(8, source=IMAGINED), GOALS[::-1] + GOALS)], encoder=Fake())
@@ -156,6 +175,10 @@ class Mute:
     (lambda: Replay([(rollouts(3), GOALS)], encodings=[]), "one a part"),
     (lambda: Replay([(rollouts(3), GOALS)] * 2, encodings=[np.zeros((3, 6)), np.ones((3, 7))]), "widths"),
     (lambda: replay(3, 3).sample(5, torch_rng(0)), "even"),
+    (lambda: Replay([(rollouts(3), GOALS)], encoder=Fake(), share=1.5), "share=1.5"),
+    (lambda: Replay([(rollouts(3), GOALS)], encoder=Fake(), weights=[np.ones(4)]), r"weights of part 0 of shape \(4,\): expected \(3,\)"),
+    (lambda: Replay([(rollouts(3), GOALS)], encoder=Fake(), weights=[[1, -1, 1]]), "at least 0"),
+    (lambda: BC().fit(replay(3), steps=2, seed=[]), "seeds"), (lambda: BC().fit(replay(3), steps=2, seed=[1, 1]), "no two alike"),
     (lambda: replay(3).sample(0, torch_rng(0)), "at least 1"),
 ])
 def test_bad_input(make, message):
@@ -168,14 +191,25 @@ def test_goal_part_equals_one_layer_on_the_concatenation():
     net = GoalMLP(6, torch_rng(0, "w"))
     s, e = torch.randn(5, 10, generator=torch_rng(1)), torch.randn(5, 6, generator=torch_rng(2))
     w = torch.cat([net.state.weight, net.goal.weight], 1)
-    h = (torch.cat([s, e], 1) @ w.T + net.state.bias).relu()
+    h = (torch.cat([s, e], 1) @ w.T + net.goal.bias).relu()
     torch.testing.assert_close(net(s, e), net.out(net.hidden(h).relu()))
     assert w.abs().max() <= 1 / 4 and net.hidden.weight.abs().max() <= 1 / 16  # the concatenation's fan-in, 16, rules both parts
 
 def test_networks_draw_nothing_from_the_global_generator():
     torch.manual_seed(0); want = torch.rand(1)
-    torch.manual_seed(0); GoalMLP(6, torch_rng(0, "w")); BC().learner(replay(), 0)
+    torch.manual_seed(0); GoalMLP(6, torch_rng(0, "w")); BC().learner(replay(), [0, 1])
     assert torch.equal(torch.rand(1), want)
+
+def side_by_side(n=3, dtype=torch.float32):
+    nets = [GoalMLP(6, torch_rng(k, "w"), hidden=16) for k in range(n)]
+    return nets, GoalMLPs(nets, dtype), torch.randn(n, 5, 10, generator=torch_rng(1)), torch.randn(n, 5, 6, generator=torch_rng(2))
+
+def test_networks_side_by_side_are_those_alone():
+    nets, many, s, e = side_by_side(); want = torch.stack([net(a, b) for net, a, b in zip(nets, s, e)])
+    torch.testing.assert_close(many(s, e), want); torch.testing.assert_close(many.from_part(s, many.goal_part(e)), want)
+    for k, net in enumerate(nets): assert all(torch.equal(a, b) for a, b in zip(many.one(k).parameters(), net.parameters(), strict=True)) and many.one(k).sizes == net.sizes
+    (many(s, e)[1].sum()).backward(); assert all(p.grad[1].abs().sum() > 0 and not p.grad[[0, 2]].any() for p in many.parameters())   # a seed's loss moves that seed alone
+    rough = side_by_side(dtype=torch.bfloat16)[1](s, e); assert rough.dtype == torch.float32 and 1e-6 < (rough - want).abs().max() < .02
 
 def test_policy_round_trip(tmp_path):
     policy = BC().fit(replay(), steps=3)
@@ -289,6 +323,28 @@ def test_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError): BC(hidden=16).fit(replay(), steps=12, out=tmp_path)
     assert before == (tmp_path/"checkpoint.safetensors").read_bytes() and not list(tmp_path.glob("*.tmp"))
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+def test_seeds_side_by_side_are_seeds_alone(algorithm, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "fast_dtype", lambda device: torch.float32); b = replay(9, 9); seen = []
+    many = algorithm.fit(b, steps=12, seed=[4, 0, 7], out=tmp_path/"many", callback=lambda ps, step: seen.append((step, ps)), callback_every=8, **LOOP)
+    assert [s for s, _ in seen] == [8, 12] and all(len(ps) == 3 for _, ps in seen) and sorted(f.name for f in tmp_path.iterdir()) == ["many", "many-0", "many-4", "many-7"]
+    for s, policy in zip((4, 0, 7), many):
+        alone = algorithm.fit(b, steps=12, seed=s, out=tmp_path/f"{s}", **LOOP); assert policy.step == 12
+        for x, y, z in zip(policy.net.parameters(), alone.net.parameters(), load_policy(tmp_path/f"many-{s}").net.parameters(), strict=True): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5); assert torch.equal(x, z)
+        for a, c in zip(read_csv(tmp_path/f"many-{s}/curve.csv"), read_csv(tmp_path/f"{s}/curve.csv"), strict=True): assert {k: float(v) for k, v in c.items()} == pytest.approx({k: float(v) for k, v in a.items()}, rel=1e-3, abs=1e-4)
+
+def test_several_seeds_are_continued_together(tmp_path):
+    whole, seeds = BC(hidden=16, batch_size=8).fit(replay(9, 9), steps=24, seed=[0, 1], **LOOP), [0, 1]
+    out = tmp_path/"run"; part = BC(hidden=16, batch_size=8).fit(replay(9, 9), steps=24, seed=seeds, out=out, max_minutes=0, **LOOP); rest = BC(hidden=16, batch_size=8).fit(replay(9, 9), steps=24, seed=seeds, out=out, **LOOP)
+    assert [p.step for p in part] == [4, 4] and all(torch.equal(x, y) for a, b in zip(whole, rest) for x, y in zip(a.net.parameters(), b.net.parameters())) and len(read_csv(tmp_path/"run-1/curve.csv")) == 6
+    with pytest.raises(ValueError, match="seed"): BC(hidden=16, batch_size=8).fit(replay(9, 9), steps=24, seed=[0, 2], out=out, **LOOP)
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+def test_what_weighs_nothing_is_not_learnt(algorithm):
+    "A second part of weight 0 changes nothing but which rows are drawn."
+    r, dream = rollouts(9), rollouts(9, source=IMAGINED); w = np.zeros(9); loss = lambda actions: algorithm.learner(b := Replay([(r, GOALS), (Rollouts(**vars(dream) | dict(actions=actions)), GOALS)], encoder=Fake(), weights=[None, w]), [0]).loss(b.take(b.draw(8, 1, [torch_rng(0)])[0])).loss
+    other = np.where(dream.actions >= 0, (dream.actions + 1) % 40, -1); assert torch.equal(loss(dream.actions), loss(other)); w[:] = 1; assert not torch.equal(loss(dream.actions), loss(other))
+
 def test_seeds_differ_and_repeat():
     w = lambda seed: BC(hidden=16).fit(replay(), steps=3, seed=seed).net.out.weight
     assert torch.equal(w(0), w(0)) and not torch.equal(w(0), w(1))
@@ -309,3 +365,23 @@ def test_threads_are_given_back():
 @pytest.mark.parametrize("over", [dict(steps=0), dict(steps=5, callback_every=0), dict(steps=5, log_every=0)])
 def test_bad_loop_settings(over):
     with pytest.raises(ValueError, match="at least 1"): BC().fit(replay(), **over)
+
+
+# ---------------------------------------------------------------- more from the same data
+
+MOVES = [Goal.move("red", "blue", "left"), Goal.move("blue", "red", "right", text="Blue to red's right, please."), Goal.move("red", "blue", "left", text="Red left of blue!"), Goal.move("green", "cyan", "behind")]
+
+def test_hindsight_tells_a_success_of_goals_that_were_met_on_the_way():
+    r = rollouts(60, steps=9); r = Rollouts(**vars(r) | dict(states=.3 * r.states)); h = hindsight(r, MOVES, 40, seed=1); assert len(h) == 40 and h.terminated.all() and not h.truncated.any() and len(set(h.goal)) == 4
+    whole = {one.states[0].tobytes(): one for one in r}
+    for one in h:
+        g, n, was = MOVES[one.goal], len(one), whole[one.states[0].tobytes()]
+        assert g.success(one.states[-1]) and not any(g.success(s) for s in one.states[:-1]); np.testing.assert_array_equal(one.states, was.states[:n + 1]); np.testing.assert_array_equal(one.actions, was.actions[:n])
+        np.testing.assert_allclose(one.rewards, [g.reward(a, b) for a, b in zip(one.states, one.states[1:])], rtol=1e-4, atol=1e-5)
+    assert len({(o.goal, o.states.tobytes()) for o in h}) == 40 and len(hindsight(r, MOVES, 5000)) == 5000                     # without repetition as long as there are enough
+    with pytest.raises(ValueError, match="none of these"): hindsight(Rollouts(**vars(r) | dict(states=0 * r.states)), MOVES, 3)
+
+def test_inverse_dynamics_finds_the_action_between_two_states():
+    rng = numpy_rng(0, "inverse"); s = rng.normal(size=(400, 2, 10)).astype(np.float32); a = rng.integers(0, 4, 400); s[:, 1] = s[:, 0]; s[np.arange(400), 1, a] += .1
+    r = Rollouts(s, a[:, None], goal=np.zeros(400)); model = InverseDynamics(r[:300], steps=400, n_actions=4); t = r[300:].transitions(); assert (model(t["states"], t["next_states"]) == t["actions"]).mean() > .95
+    wrong = Rollouts(s, ((a + 1) % 4)[:, None], goal=np.zeros(400)); mended = model.relabel(wrong); assert (mended.actions[:, 0] == a).mean() > .95 and np.array_equal(mended.states, wrong.states) and (wrong.actions[:, 0] == (a + 1) % 4).all()

@@ -21,7 +21,7 @@ from kalm.evaluate import RESULT_COLUMNS
 from kalm.generation import generate, repair_unreal, verdict
 from kalm.goals import LEVELS, goal_set, motions, success_rows
 from kalm.grounding import TASKS
-from kalm.pipeline import PRESETS, STAGES, UNSEEN_PROMPT, assess, assess_explanations, configure, dream, imagine_stage, jobs, main, parser
+from kalm.pipeline import PRESETS, STAGES, UNSEEN_PROMPT, assess, assess_explanations, configure, dream, home_of, imagine_stage, jobs, main, parser, seeds_of
 
 SMOKE = ["--preset", "smoke", "--out"]
 KALM = ["-c", "import sys; from kalm.pipeline import main; sys.exit(main())"]
@@ -83,7 +83,8 @@ def test_every_stage_left_its_files(whole):
     for level, n in p.imagined.items():
         folder = whole/"imagined"/level; r, counts, q = Rollouts.load(folder/"rollouts.npz"), load_json(folder/"filtered.json"), load_json(folder/"quality.json")
         assert counts["rollouts"] == q["rollouts"] == len(r) == n - counts["distrusted"] and q["imagined"] == n and q["off_table"] == 0 and (r.source == 1).all() and r.lengths.max() <= p.imagine_steps
-    for algorithm, mix, seed in jobs(p): assert list((whole/"policies"/f"{algorithm}-{mix}-{seed}").glob("step-*/policy.safetensors"))
+    for algorithm, mix in jobs(p):
+        for seed in seeds_of(p): home = home_of(whole, algorithm, mix, seed); assert (home/f"step-{p.steps[algorithm]}"/"policy.safetensors").exists() and read_csv(home/"curve.csv")
 
 def test_figures_are_pictures(whole):
     pictures = [f for f in (whole/"figures").iterdir() if f.suffix in (".png", ".gif")]
@@ -319,3 +320,13 @@ def test_debug_shows_where(tmp_path, capsys):
 def test_help_names_every_stage(capsys):
     with pytest.raises(SystemExit) as e: main(["--help"])
     assert e.value.code == 0 and all(stage in capsys.readouterr().out for stage in ("run",)) and set(STAGES) == {"collect", "ground", "imagine", "train", "evaluate", "figures"}
+
+
+def test_the_model_as_policy_is_judged_in_the_environment(lively):
+    from kalm.env import Simulator, states_of
+    from kalm.evaluate import schedule, start_physics
+    goals, sim = goal_set("easy")[:8], Simulator(); e = pipeline.evaluate_lm(lively, goals, episodes=24, seed=3, sim=sim, batch_size=5); index = schedule(goals, 24, 3); physics = start_physics(sim, goals, index, 3)
+    np.testing.assert_array_equal(e.goal, index); assert e.episodes == 24 and (e.length == 1).all()
+    dream = pipeline.generate(lively, goals, states_of(physics), index, max_steps=1, batch_size=24); after = states_of(sim.step(physics.copy(), dream.actions[:, 0]))
+    assert e.success.tolist() == [bool(goals[i].success(z, start=s)) for i, z, s in zip(index, after, states_of(physics))] and e.action_match.tolist() == [bool(goals[i].action_success(a[:1])[0]) for i, a in zip(index, dream.actions)]
+    again = pipeline.evaluate_lm(lively, goal_set("offline")[:4], episodes=6, seed=1, sim=sim); assert again.action_match is None and again.length.max() <= 50 and (again.length[~again.success] == 50).all()

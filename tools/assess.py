@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import kalm
-from kalm.core import append_csv, read_csv, save_json, sha256
-from kalm.embeddings import KalmLM, fast_dtype
+from kalm.core import append_csv, fast_dtype, read_csv, save_json, sha256
+from kalm.embeddings import KalmLM
 from kalm.generation import describe, explain, imagine_by_parts
 from kalm.goals import LEVELS, goal_set
 from kalm.grounding import perplexity
