@@ -15,8 +15,9 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['STATE_DIM', 'N_ACTIONS', 'REAL', 'IMAGINED', 'SOURCES', 'Rollout', 'Rollouts', 'from_list', 'concat', 'transitions',
-           'numpy_rng', 'torch_rng', 'fast_dtype', 'atomic_write', 'sha256', 'save_json', 'load_json', 'save_tensors',
-           'load_tensors', 'check_sha256', 'save', 'load', 'append_csv', 'read_csv', 'cache_dir', 'fetch_wheel']
+           'pieces', 'numpy_rng', 'torch_rng', 'fast_dtype', 'atomic_write', 'sha256', 'save_json', 'load_json',
+           'save_tensors', 'load_tensors', 'check_sha256', 'save', 'load', 'append_csv', 'read_csv', 'cache_dir',
+           'fetch_wheel']
 
 # %% ../nbs/00_core.ipynb #62dae789
 STATE_DIM = 10   # S: x, y of the red, blue, green, purple and cyan ball
@@ -143,6 +144,15 @@ def transitions(self: Rollouts) -> dict[str, np.ndarray]:
     return dict(states=self.states[b, t], actions=self.actions[b, t], rewards=self.rewards[b, t], next_states=self.states[b, t + 1],
                 terminated=last & self.terminated[b], goal=self.goal[b], source=self.source[b], rollout=b, step=t)
 Rollouts.transitions = transitions
+
+def pieces(self: Rollouts, rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Rollouts:
+    "N pieces: of rollout `rows[i]` the steps from `low[i]` up to `high[i]`, all (N,). Those that reach its end have ended as it has, the others have not."
+    rows, low, high = (np.asarray(x, np.int64) for x in (rows, low, high)); steps, end = high - low, self.lengths[rows]
+    if ((low < 0) | (steps < 0) | (high > end)).any(): raise ValueError("a piece reaches beyond its rollout: expected 0 <= low <= high <= length")
+    T = int(steps.max(initial=0)); at, on = low[:, None] + np.arange(T + 1), np.arange(T + 1) <= steps[:, None]; b, s, a = rows[:, None], np.minimum(at, self.max_steps), np.minimum(at[:, :T], self.max_steps - 1)
+    return Rollouts(np.where(on[..., None], self.states[b, s], 0), np.where(on[:, 1:], self.actions[b, a], -1), np.where(on[:, 1:], self.rewards[b, a], 0), steps,
+                    terminated=self.terminated[rows] & (high == end), truncated=self.truncated[rows] & (high == end), goal=self.goal[rows], source=self.source[rows])
+Rollouts.pieces = pieces
 
 # %% ../nbs/00_core.ipynb #f2f09ef5
 def _repr_markdown_(self: Rollouts) -> str:

@@ -99,6 +99,16 @@ def test_transitions_step_by_step():
         assert t["terminated"][n] == (k == r.lengths[i] - 1 and r.terminated[i])
     assert t["terminated"].any() and not t["terminated"].all()
 
+def test_pieces_are_parts_of_rollouts():
+    r = make_rollouts(12, goals=3, least=2); rng = np.random.default_rng(0); rows = rng.integers(12, size=40); low = rng.integers(0, 2, 40); high = rng.integers(low, r.lengths[rows] + 1)
+    for one, b, i, j in zip(r.pieces(rows, low, high), rows, low, high):
+        np.testing.assert_array_equal(one.states, r.states[b, i:j + 1]); np.testing.assert_array_equal(one.actions, r.actions[b, i:j]); np.testing.assert_array_equal(one.rewards, r.rewards[b, i:j])
+        assert (one.goal, one.source) == (r.goal[b], r.source[b]) and (one.terminated, one.truncated) == ((r.terminated[b], r.truncated[b]) if j == r.lengths[b] else (False, False))
+    whole = r.pieces(np.arange(12), np.zeros(12), r.lengths); assert all(np.array_equal(getattr(whole, k), getattr(r, k)) for k in ("states", "actions", "rewards", "lengths", "terminated", "truncated"))
+    assert len(r.pieces([], [], [])) == 0
+    for low, high in ((-1, 1), (2, 1), (0, 99)):
+        with pytest.raises(ValueError, match="beyond its rollout"): r.pieces([0], [low], [high])
+
 def test_an_empty_batch_is_a_batch(tmp_path):
     r = make_rollouts(3)[:0]; r.save(tmp_path/"r.npz")
     assert len(Rollouts.load(tmp_path/"r.npz")) == 0 and len(r.transitions()["actions"]) == 0 and "none" in r._repr_markdown_()

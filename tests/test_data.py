@@ -5,7 +5,7 @@ import pytest
 import kalm.data as data
 from conftest import same_rollouts
 from kalm.core import Rollouts, numpy_rng
-from kalm.data import Expert, Medium, collect, expert_actions, fresh_starts, goal_rows, push_costs, schedule, statistics, way_round
+from kalm.data import Expert, Medium, collect, expert_actions, fresh_starts, goal_rows, push_costs, schedule, statistics, symmetric, way_round
 from kalm.env import Simulator, initial_states, physics_of, states_of
 from kalm.goals import COMPASS_VECTORS, Goal, configurations, goal_array, goal_set, load_goals, success_rows
 
@@ -204,3 +204,19 @@ def test_a_goal_out_of_reach_is_named(monkeypatch):
 def test_costs_rule_out_bystanders():
     cost = push_costs(initial_states(1, numpy_rng(0, "cost")), goal_array([Goal.move("red", "cyan", "left")])).reshape(5, 8)
     assert np.isinf(cost[1:4]).all() and np.isfinite(cost[[0, 4]]).all()
+
+
+# ---------------------------------------------------------------- other colours, and in a mirror
+
+@pytest.mark.parametrize("goals", [MOVES, goal_set("easy")], ids=["moves", "pushes"])
+def test_the_physics_cannot_tell_a_symmetric_rollout(goals):
+    r = collect(goals, 80, "medium" if goals is MOVES else "expert", seed=2, keep_failures=True, progress=False); s = symmetric(r, goals, 200, seed=1); real = Simulator().replay(s.states[:, 0], s.actions[:, :1])[:, 1]
+    on = s.lengths > 0; np.testing.assert_allclose(s.states[on, 1], real[on], atol=1e-5)
+    for one in s: assert success_rows(goals, np.array([one.goal]), one.states[-1:], start=one.states[:1])[0] == one.terminated
+    assert len({(a.tobytes(), b.tobytes()) for a, b in zip(s.states[:, 0], s.actions)}) > 190 and len(np.unique(goal_array(goals)[s.goal], axis=0)) > len(np.unique(goal_array(goals)[r.goal], axis=0)) / 2
+    np.testing.assert_allclose(np.sort(s.rewards.sum(1))[[0, -1]], np.sort(r.rewards.sum(1))[[0, -1]], atol=20)
+
+def test_a_symmetric_rollout_needs_a_goal_to_be_for():
+    r = collect(MOVES[:1], 4, "expert", seed=0, progress=False)
+    with pytest.raises(ValueError, match="no twin"): symmetric(r, MOVES[:1], 40)
+    assert len(symmetric(r, MOVES, 0)) == 0

@@ -11,7 +11,7 @@ import kalm.offline as offline
 from kalm.core import IMAGINED, REAL, Rollouts, numpy_rng, read_csv, torch_rng
 from kalm.cql import CQL
 from kalm.goals import Goal
-from kalm.offline import BC, GoalMLP, GoalMLPs, InverseDynamics, Policy, Replay, SentenceEncoder, bc_loss, hindsight, load_policy
+from kalm.offline import BC, GoalMLP, GoalMLPs, InverseDynamics, Policy, Replay, SentenceEncoder, Whitening, bc_loss, hindsight, load_policy
 
 GOALS = [Goal.move("red", "blue", "behind"), Goal.move("green", "cyan", "left"), Goal.push("red", "front")]
 
@@ -373,15 +373,47 @@ MOVES = [Goal.move("red", "blue", "left"), Goal.move("blue", "red", "right", tex
 
 def test_hindsight_tells_a_success_of_goals_that_were_met_on_the_way():
     r = rollouts(60, steps=9); r = Rollouts(**vars(r) | dict(states=.3 * r.states)); h = hindsight(r, MOVES, 40, seed=1); assert len(h) == 40 and h.terminated.all() and not h.truncated.any() and len(set(h.goal)) == 4
-    whole = {one.states[0].tobytes(): one for one in r}
+    where = {s.tobytes(): (one, t) for one in r for t, s in enumerate(one.states)}
     for one in h:
-        g, n, was = MOVES[one.goal], len(one), whole[one.states[0].tobytes()]
-        assert g.success(one.states[-1]) and not any(g.success(s) for s in one.states[:-1]); np.testing.assert_array_equal(one.states, was.states[:n + 1]); np.testing.assert_array_equal(one.actions, was.actions[:n])
+        g, n, (was, t) = MOVES[one.goal], len(one), where[one.states[0].tobytes()]
+        assert g.success(one.states[-1]) and not any(g.success(s) for s in one.states[:-1]); np.testing.assert_array_equal(one.states, was.states[t:t + n + 1]); np.testing.assert_array_equal(one.actions, was.actions[t:t + n])
+        assert t == 0 or g.success(was.states[t - 1])                                                   # as long as it can be
         np.testing.assert_allclose(one.rewards, [g.reward(a, b) for a, b in zip(one.states, one.states[1:])], rtol=1e-4, atol=1e-5)
-    assert len({(o.goal, o.states.tobytes()) for o in h}) == 40 and len(hindsight(r, MOVES, 5000)) == 5000                     # without repetition as long as there are enough
+    assert max(h.lengths) > 2 >= max(hindsight(r, MOVES, 40, within=2).lengths)
+    assert len({(o.goal, o.states.tobytes(), o.actions.tobytes()) for o in h}) == 40 and len(hindsight(r, MOVES, 5000)) == 5000                     # without repetition as long as there are enough
     with pytest.raises(ValueError, match="none of these"): hindsight(Rollouts(**vars(r) | dict(states=0 * r.states)), MOVES, 3)
 
 def test_inverse_dynamics_finds_the_action_between_two_states():
     rng = numpy_rng(0, "inverse"); s = rng.normal(size=(400, 2, 10)).astype(np.float32); a = rng.integers(0, 4, 400); s[:, 1] = s[:, 0]; s[np.arange(400), 1, a] += .1
     r = Rollouts(s, a[:, None], goal=np.zeros(400)); model = InverseDynamics(r[:300], steps=400, n_actions=4); t = r[300:].transitions(); assert (model(t["states"], t["next_states"]) == t["actions"]).mean() > .95
     wrong = Rollouts(s, ((a + 1) % 4)[:, None], goal=np.zeros(400)); mended = model.relabel(wrong); assert (mended.actions[:, 0] == a).mean() > .95 and np.array_equal(mended.states, wrong.states) and (wrong.actions[:, 0] == (a + 1) % 4).all()
+
+
+# ---------------------------------------------------------------- whitened encodings, sampled actions
+
+def rows_of(n=300, d=6, seed=0): return (numpy_rng(seed, "rows").normal(size=(n, d)) * 3. ** -np.arange(d) + 2).astype(np.float32)
+
+@pytest.mark.parametrize("power, shape", [(0, 1), (.5, .5), (1, 0)])
+def test_whitening_evens_out_the_axes(power, shape):
+    x = rows_of(); y = Whitening.fit(x, power)(x); spread = lambda z: np.linalg.svd(z - z.mean(0), compute_uv=False); before, after = spread(x), spread(y)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-3); assert (y ** 2).mean() == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(after / after[0], (before / before[0]) ** shape, rtol=1e-3)
+
+def test_whitening_of_few_sentences_is_finite():
+    y = Whitening.fit(rows_of(3), 1.)(rows_of(9, seed=1)); assert np.isfinite(y).all() and np.isfinite(Whitening.fit(rows_of(1), .5)(rows_of(2))).all()
+
+def test_a_policy_trained_on_whitened_encodings_takes_them_as_they_are():
+    w = Whitening.fit(np.stack([Fake().encode([g.text])[0] for g in GOALS] + list(rows_of(9))), .5); parts = [(rollouts(20), GOALS)]
+    plain, white = (Replay(parts, encoder=Fake(), whitening=x) for x in (None, w)); np.testing.assert_allclose(white.encodings, w(plain.encodings.numpy()), rtol=1e-5)
+    inside = BC().learner(white, [0]).net.one(0); policy = BC().fit(white, steps=1, seed=0); b, c = (r.take(torch.arange(20)) for r in (plain, white)); learner = BC().learner(white, [0])
+    torch.testing.assert_close(inside(c.states, c.encodings), learner.net.one(0).absorb(w)(b.states, b.encodings), rtol=1e-4, atol=1e-4)
+    assert plain.fingerprint() != white.fingerprint() and policy.net.sizes["encoding_dim"] == 6
+
+def test_actions_are_drawn_from_the_softmax():
+    net = GoalMLP(6, torch_rng(3, "w")); s, e = np.zeros((20_000, 10)), np.ones((20_000, 6)); out = net(torch.zeros(1, 10), torch.ones(1, 6))[0].detach(); T = .05
+    drawn = Policy(net, temperature=T, seed=1)(s, e); share = np.bincount(drawn, minlength=40) / len(drawn)
+    np.testing.assert_allclose(share, (out / T).softmax(0).numpy(), atol=.012); assert set(Policy(net)(s, e)) == {int(out.argmax())}
+    np.testing.assert_array_equal(drawn, Policy(net, temperature=T, seed=1)(s, e)); assert (drawn != Policy(net, temperature=T, seed=2)(s, e)).any()
+
+def test_the_temperature_of_an_algorithm_is_its_policys(tmp_path):
+    BC(temperature=.3).fit(replay(), steps=2, out=tmp_path); assert load_policy(tmp_path).temperature == .3 and BC().fit(replay(), steps=2).temperature == 0

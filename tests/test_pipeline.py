@@ -67,7 +67,7 @@ def test_run_ends_well_and_says_what_it_did(first):
 def test_results_are_complete(whole):
     rows, p = read_csv(whole/"results.csv"), PRESETS["smoke"]
     assert tuple(rows[0]) == RESULT_COLUMNS
-    methods = {"random", "expert"} | {a + s for a in p.steps for s in ("", "+kalm")}
+    methods = {"random", "expert", "lm", "dt"} | {a + s for a in p.steps for s in ("", "+kalm", "+oracle")}
     assert sorted((r["method"], r["level"]) for r in rows) == sorted((m, l) for m in methods for l in LEVELS)
     for r in rows:
         assert int(r["episodes"]) == p.episodes and 0 <= int(r["successes"]) <= p.episodes and float(r["rate"]) == pytest.approx(int(r["successes"]) / p.episodes, abs=1e-6)
@@ -110,7 +110,7 @@ def test_a_second_run_does_nothing_new(whole, capsys, monkeypatch):
 
 def test_a_stage_alone(tmp_path, capsys):
     assert main(["collect", *SMOKE, str(tmp_path/"run")]) == 0
-    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["config.json", "data"] and "[1/1] collect" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["config.json", "data", "oracle"] and "[1/1] collect" in capsys.readouterr().out
 
 def test_a_stage_repairs_its_own_output_only(copy):
     before = files(copy); shutil.rmtree(copy/"imagined"/"easy")
