@@ -14,14 +14,15 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .core import N_ACTIONS, atomic_write, numpy_rng, read_csv
+from .core import N_ACTIONS, Rollouts, atomic_write, numpy_rng, read_csv
 from .env import Simulator, states_of
-from .goals import Goal, goal_array, success_rows
+from .goals import Goal, reward_rows, success_rows
 from .offline import DEFAULT_ENCODER, SentenceEncoder
 
 # %% auto #0
-__all__ = ['RESULT_KEY', 'RESULT_COLUMNS', 'wilson', 'interquartile_mean', 'stratified_bootstrap', 'schedule', 'start_physics',
-           'Evaluation', 'goal_inputs', 'evaluate', 'RandomPolicy', 'GoalPolicy', 'write_result']
+__all__ = ['RESULT_KEY', 'RESULT_COLUMNS', 'wilson', 'interquartile_mean', 'stratified_bootstrap', 'probability_of_improvement',
+           'schedule', 'start_physics', 'Evaluation', 'goal_inputs', 'evaluate', 'RandomPolicy', 'GoalPolicy',
+           'write_result']
 
 # %% ../nbs/09_evaluate.ipynb #18409549
 def wilson(successes: int, n: int, level: float = .95) -> tuple[float, float]:
@@ -54,6 +55,16 @@ def stratified_bootstrap(strata: Sequence[np.ndarray],  # one array of outcomes 
     low, high = np.quantile([statistic(m) for m in means], [.5 - level / 2, .5 + level / 2])
     return float(low), float(high)
 
+def probability_of_improvement(x: np.ndarray, y: np.ndarray, # (runs of x, tasks), (runs of y, tasks) scores
+                               level: float = .95, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    "How likely a run of x beats one of y on the same task, ties counted half, mean over tasks; with the percentile interval from resampling runs within each task."
+    x, y = (np.atleast_2d(np.asarray(v, float)) for v in (x, y))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not x.size or not y.size: raise ValueError(f"scores of shapes {x.shape} and {y.shape}: expected (runs, tasks) with the same tasks")
+    rng, task = numpy_rng(seed, "improvement"), np.arange(x.shape[1])
+    def share(x, y): return float(np.mean((x[:, None] > y) + .5 * (x[:, None] == y)))
+    drawn = [share(x[rng.integers(0, len(x), x.shape), task], y[rng.integers(0, len(y), y.shape), task]) for _ in range(samples)]
+    return (share(x, y), *map(float, np.quantile(drawn, [.5 - level / 2, .5 + level / 2])))
+
 # %% ../nbs/09_evaluate.ipynb #ebb0a039
 def schedule(goals: Sequence[Goal], episodes: int, seed: int) -> np.ndarray:
     "(episodes,) goal indices: all goals equally often, to within one, in an order that only the seed decides."
@@ -82,6 +93,7 @@ class Evaluation:
     action_match: np.ndarray | None = None # (N,) bool for push goals: the named ball and way were chosen; None if there are other goals
     seed: int = 0
     level: float = .95                     # of the interval
+    rollouts: Rollouts | None = None       # the episodes themselves, where they were asked for
 
     @property
     def episodes(self) -> int: return len(self.success)
@@ -127,7 +139,8 @@ def evaluate(policy,                     # policy(states (B, S), inputs (B, ...)
              episodes: int = 1000,
              seed: int = 0,              # decides goals and starts, not the policy
              encoder: SentenceEncoder | None = None, # for policies without `embed`; their own `encoder_name` if not given
-             sim: Simulator | None = None            # a simulator to reuse
+             sim: Simulator | None = None,           # a simulator to reuse
+            record: bool = False                    # keep the episodes, as `rollouts`
             ) -> Evaluation:
     "Act in the real environment until the goal holds or `goal.max_steps` is over; all episodes side by side."
     goals = tuple(goals)
@@ -137,18 +150,25 @@ def evaluate(policy,                     # policy(states (B, S), inputs (B, ...)
     physics = start_physics(sim, goals, index, seed)
     start = states_of(physics)
     limit = np.array([g.max_steps for g in goals])[index]
-    success, length, first = np.zeros(episodes, bool), np.zeros(episodes, np.int64), None
+    success, length, first, path = np.zeros(episodes, bool), np.zeros(episodes, np.int64), None, []
     rows, states = np.arange(episodes), start        # episodes still running, and where they are
     while len(rows):
         actions = _actions(policy, states, inputs[index[rows]])
         first = actions if first is None else first
         physics = sim.step(physics, actions)
         states = states_of(physics)
+        if record: path.append((rows, actions, states))
         length[rows] += 1
         success[rows] = success_rows(goals, index[rows], states, start=start[rows])
         on = ~success[rows] & (length[rows] < limit[rows])
         rows, states, physics = rows[on], states[on], physics[on]
-    return Evaluation(goals, index, success, length, _action_match(goals, index, first), seed)
+    return Evaluation(goals, index, success, length, _action_match(goals, index, first), seed, rollouts=_recorded(goals, index, start, path, success, length) if record else None)
+
+def _recorded(goals: Sequence[Goal], index: np.ndarray, start: np.ndarray, path: list, success: np.ndarray, length: np.ndarray) -> Rollouts:
+    "Episodes side by side, step by step, as rollouts."
+    states, actions = np.zeros((len(start), len(path) + 1, start.shape[1]), np.float32), np.full((len(start), len(path)), -1); states[:, 0] = start
+    for t, (rows, a, s) in enumerate(path): states[rows, t + 1], actions[rows, t] = s, a
+    return Rollouts(states, actions, np.where(actions >= 0, reward_rows(goals, index, states), 0), length, terminated=success, truncated=~success, goal=index)
 
 def _action_match(goals: Sequence[Goal], index: np.ndarray, actions: np.ndarray) -> np.ndarray | None:
     "(N,) whether the action itself is what a push goal asks for; None if any goal is of another kind."

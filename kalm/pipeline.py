@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse, hashlib, json, logging, multiprocessing, os, subprocess, sys, time, traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,11 +23,11 @@ from .grounding import GroundConfig, ground
 from .offline import BC, Policy, Replay, SentenceEncoder, Whitening, hindsight, load_policy
 
 # %% auto #0
-__all__ = ['PRESETS', 'SHARD', 'UNSEEN_PROMPT', 'STAGES', 'Preset', 'Stopped', 'Run', 'commit', 'versions', 'machine', 'device',
-           'collect_stage', 'need', 'real_data', 'ground_stage', 'grounded_lm', 'imagine_stage', 'dream', 'assess',
-           'assess_explanations', 'jobs', 'seeds_of', 'home_of', 'parts_of', 'ends', 'whitening_of', 'train_one',
-           'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'evaluate_lm', 'figures_stage', 'run_stages',
-           'parser', 'configure', 'main']
+__all__ = ['PRESETS', 'SHARD', 'UNSEEN_PROMPT', 'ACTED', 'STAGES', 'Preset', 'Stopped', 'Run', 'commit', 'versions', 'machine',
+           'device', 'collect_stage', 'need', 'real_data', 'ground_stage', 'grounded_lm', 'imagine_stage', 'dream',
+           'assess', 'assess_explanations', 'jobs', 'seeds_of', 'home_of', 'parts_of', 'ends', 'whitening_of',
+           'train_one', 'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'judge', 'evaluate_lm',
+           'figures_stage', 'run_stages', 'parser', 'configure', 'main']
 
 # %% ../nbs/11_pipeline.ipynb #e56721be
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Preset:
     bc: BC = BC()
     cql: CQL = CQL()                         # the defaults are the paper's, for runs of its length
     policy: str = "medium"                   # behaviour policy of the real rollouts
-    checkpoints: int = 1                     # how many of the last tenths of training are evaluated
+    checkpoints: int = 1                     # how many of the last tenths of training are evaluated; the last five count in tables
     seed: int = 0
     hindsight: int = 0                       # pieces cut out of the real rollouts for the offline goals they fulfil; 0 takes the rollouts as they are
     within: int | None = None                # last steps kept of each piece, and of each imagined rollout that met its goal
@@ -62,14 +62,18 @@ _TINY = GroundConfig(backbone=TINY_BACKBONE, adapter=Adapter(rank=4), steps=6, b
 _LEARN = dict(hindsight=100_000, within=4, symmetric=400_000, whitening=.5, bc=BC(beta=0., temperature=1.), cql=CQL(lr=1e-3, target_every=1000, temperature=1.))   # where we leave the paper's offline RL
 PRESETS = {p.name: p for p in (
     Preset("smoke", rollouts=80, rl_rollouts=80, ground=_TINY, shipped=False, imagined=dict(rephrase=8, easy=8, hard=8), imagine_steps=4, together=True, tries=(("easy", 2),), parts=("hard",),
-           steps=dict(bc=60, cql=60), seeds=1, episodes=12, hindsight=200, within=4, symmetric=400, whitening=.5, baselines=("oracle", "lm", "dt")),
+           steps=dict(bc=60, cql=60), seeds=1, episodes=12, checkpoints=2, hindsight=200, within=4, symmetric=400, whitening=.5, baselines=("oracle", "lm", "dt")),
     Preset("quick", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
            imagined=dict(rephrase=2400, easy=2000, hard=1000), imagine_steps=20, together=True, steps=dict(bc=20_000, cql=20_000), seeds=3, episodes=350,
            tries=(("easy", 8),), parts=("hard",), **_LEARN),
     Preset("checkpoint", rollouts=100_000, rl_rollouts=6400, ground=replace(_OURS, steps=4800), shipped=False,
            imagined=dict(rephrase=2400, easy=2000, hard=1000), imagine_steps=50, together=True, steps=dict(bc=20_000, cql=20_000), seeds=3, episodes=350, seed=1, tries=(("easy", 8),), parts=("hard",), **_LEARN),
+    Preset("best", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
+           imagined=dict(rephrase=5600, easy=7200, hard=6720), imagine_steps=50, together=True, steps=dict(bc=100_000, cql=200_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt"), **_LEARN),
+    Preset("night", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
+           imagined=dict(rephrase=5600, easy=7200, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",)),
     Preset("paper", rollouts=100_000, rl_rollouts=6400, ground=replace(_OURS, steps=1200, batch_tokens=65_536, checkpoint_every=50), shipped=False,
-           imagined=dict(rephrase=5600, easy=72_400, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=5, tries=(("easy", 8),), parts=("hard",)),
+           imagined=dict(rephrase=5600, easy=72_400, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt")),
 )}
 
 # %% ../nbs/11_pipeline.ipynb #12bf53fa
@@ -325,29 +329,49 @@ def levels_of(p: Preset, mix: str) -> list[str]:
     mix = mix.removeprefix("oracle_")
     return list(LEVELS) if mix in ("offline", "all") else ["offline", mix] if mix == "rephrase" else [mix]
 
+ACTED = 100  # episodes of each method and level that are kept to look at
+
 def evaluate_stage(run: Run) -> None:
-    "results.csv: a row for each method, level, seed and checkpoint, judged in the real environment."
-    from kalm.data import Expert
-    from kalm.env import Simulator
-    from kalm.evaluate import RandomPolicy, evaluate, write_result
+    "results.csv: a row for each method, level, seed and checkpoint, judged in the real environment; acted/METHOD/LEVEL/: the first episodes of the last policy of the first seed."
+    from kalm.evaluate import write_result
     from tqdm import tqdm
-    p, sim, path = run.preset, Simulator(), run.out/"results.csv"
+    p, path = run.preset, run.out/"results.csv"
     done = {(r["method"], r["level"], r["seed"], r["step"]) for r in read_csv(path) if r["config"] == run.config}
-    work = [(name, level, p.seed, 0, make) for name, make in (("random", RandomPolicy), ("expert", Expert)) for level in LEVELS]
+    work = [(name, level, p.seed, 0, "") for name in ("random", "expert") for level in LEVELS]
     for algorithm, mix, seed in ((a, m, s) for s in seeds_of(p) for a, m in jobs(p)):
         steps = p.steps[algorithm]; every = max(1, steps // 10)
-        for k in range(p.checkpoints):
-            step = steps - k * every; folder = need(home_of(run.out, algorithm, mix, seed)/f"step-{step}"/"policy.safetensors", "train").parent
-            work += [(method_of(algorithm, mix), level, seed, step, lambda f=folder: load_policy(f)) for level in levels_of(p, mix)]
-    work += [(name, level, seed, 0, lambda f=folder: load_lm(f)) for name, folder in (("lm", "grounded"), ("dt", "dt")) if name in p.baselines for level in LEVELS for seed in seeds_of(p)]
-    models: dict[str, KalmLM] = {}
-    def load_lm(folder): models[folder] = models.get(folder) or grounded_lm(run, folder); return models[folder]
-    for method, level, seed, step, make in tqdm(work, desc="evaluating", unit="row", disable=None):
-        if (method, level, str(seed), str(step)) in done: continue
-        run.left(); policy = make()
-        e = (evaluate_lm if isinstance(policy, KalmLM) else evaluate)(policy, goal_set(level), episodes=p.episodes, seed=seed, sim=sim)
-        write_result(path, method=method, level=level, seed=seed, step=step, episodes=e.episodes, successes=e.successes, config=run.config, commit=commit(),
-                     backend=run.preset.ground.backbone, preset=p.name, action_match="" if e.action_match is None else f"{e.action_rate:.6f}")
+        for step in range(steps - (p.checkpoints - 1) * every, steps + 1, every):
+            folder = need(home_of(run.out, algorithm, mix, seed)/f"step-{step}"/"policy.safetensors", "train").parent
+            work += [(method_of(algorithm, mix), level, seed, step, str(folder)) for level in levels_of(p, mix)]
+    work += [(name, level, seed, 0, folder) for name, folder in (("lm", "grounded"), ("dt", "dt")) if name in p.baselines for level in LEVELS for seed in seeds_of(p)]
+    todo = [w for w in work if (w[0], w[1], str(w[2]), str(w[3])) not in done]; about = dict(config=run.config, commit=commit(), backend=p.ground.backbone, preset=p.name)
+    with tqdm(total=len(work), initial=len(work) - len(todo), desc="evaluating", unit="row", disable=None) as bar:
+        for (method, level, seed, step, _), e in _judged(run, todo):
+            last = seed == p.seed and step == p.steps.get(method.split("+")[0], 0); home = run.out/"acted"/method/level
+            if last and e.rollouts is not None: save_goals(home/"goals.json", list(e.goals)); e.rollouts[:ACTED].save(home/"rollouts.npz")
+            write_result(path, method=method, level=level, seed=seed, step=step, episodes=e.episodes, successes=e.successes, action_match="" if e.action_match is None else f"{e.action_rate:.6f}", **about); bar.update()
+
+def _judged(run: Run, todo: list):
+    "Each piece of work with its `Evaluation` as it is done: policies in several processes, language models here."
+    p, small = run.preset, [w for w in todo if w[0] not in ("lm", "dt")]
+    if len(small) * p.episodes < 5000 or (os.cpu_count() or 1) == 1:
+        for w in small: run.left(); yield w, judge(p.episodes, *w)
+    else:
+        pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+        try:
+            for f in as_completed(waiting := {pool.submit(judge, p.episodes, *w): w for w in small}): yield waiting[f], f.result(); run.left()
+        finally: pool.shutdown(cancel_futures=True)
+    for name, folder in (("lm", "grounded"), ("dt", "dt")):
+        mine = [w for w in todo if w[0] == name]; lm = grounded_lm(run, folder) if mine else None
+        for w in mine: run.left(); yield w, evaluate_lm(lm, goal_set(w[1]), episodes=p.episodes, seed=w[2])
+
+def judge(episodes: int, method: str, level: str, seed: int, step: int, folder: str):
+    "The `Evaluation` of the policy in a folder, or of `random` or `expert`."
+    from kalm.data import Expert
+    from kalm.env import Simulator
+    from kalm.evaluate import RandomPolicy, evaluate
+    policy = dict(random=RandomPolicy, expert=Expert)[method]() if not folder else load_policy(folder)
+    return evaluate(policy, goal_set(level), episodes=episodes, seed=seed, sim=Simulator(threads=1), record=True)
 
 # %% ../nbs/11_pipeline.ipynb #ce04b780
 def evaluate_lm(lm: KalmLM, goals: list, episodes: int = 1000, seed: int = 0, sim=None, batch_size: int = 128):
@@ -361,11 +385,12 @@ def evaluate_lm(lm: KalmLM, goals: list, episodes: int = 1000, seed: int = 0, si
     return Evaluation(tuple(goals), index, r.terminated, r.lengths, match, seed)
 
 def figures_stage(run: Run) -> None:
-    "figures/: the comparison table, success bars, learning curves, and a film strip of each imagined level."
+    "figures/: the comparison table, success bars, learning curves, film strips of imagined rollouts and of episodes that failed."
     from kalm import plots
     rows, folder = [r for r in read_csv(run.out/"results.csv") if r["config"] == run.config], run.out/"figures"
     if not rows: raise FileNotFoundError(f"{run.out/'results.csv'} holds no result of this run: run `kalm evaluate` first")
     plots.save_figure(plots.success_bars(rows), folder/"success.png")
+    if run.preset.checkpoints > 1: plots.save_figure(plots.success_curves(rows), folder/"learning.png")
     curves = {d.name: read_csv(d/"curve.csv") for d in sorted((run.out/"policies").glob("*")) if (d/"curve.csv").exists()}
     for algorithm in run.preset.steps:
         mine = {n: c for n, c in curves.items() if n.startswith(algorithm + "-")}
@@ -373,6 +398,9 @@ def figures_stage(run: Run) -> None:
     for level in run.preset.imagined:
         strip = _strip(run, level)
         if strip is not None: plots.save_figure(strip, folder/f"imagined-{level}.png")
+    for acted in sorted((run.out/"acted").glob("*+kalm/*")):
+        strip = _lost(acted)
+        if strip is not None: plots.save_figure(strip, folder/f"lost-{acted.parent.name}-{acted.name}.png")
     (folder/"table.md").write_text(plots.results_table(rows) + "\n", encoding="utf-8")
     run.say("\n" + plots.results_table(rows, plain=True) + f"\n\n  figures and table.md in {folder}")
 
@@ -392,6 +420,12 @@ def _strip(run: Run, level: str):
     order = np.lexsort((-np.minimum(r.lengths, 5), ~r.terminated)); one = r[int(order[0])]
     real = Simulator().replay(one.states[:1], one.actions[None])[0]
     return plots.compare_strip(one, real, goals[one.goal].text, goal=goals[one.goal])
+
+def _lost(acted: Path):
+    "The first episodes that missed their goal, three at most."
+    from kalm import plots
+    r, goals = Rollouts.load(acted/"rollouts.npz"), load_goals(acted/"goals.json"); r = r[np.flatnonzero(~r.terminated)[:3]]
+    return plots.film_strip(list(r), [goals[i].text for i in r.goal], goal=[goals[i] for i in r.goal], most=7) if len(r) else None
 
 STAGES = dict(collect=collect_stage, ground=ground_stage, imagine=imagine_stage, train=train_stage, evaluate=evaluate_stage, figures=figures_stage)
 

@@ -26,13 +26,13 @@ from .goals import COLOURS, COMPASS_VECTORS, DIRECTIONS, GATHERED, LEVELS, LINE_
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'SPARE_COLOURS', 'BALL_COLOURS', 'GOOD', 'BAD', 'STYLE', 'PAPER_SOURCE', 'PAPER', 'PAPER_MATCH',
-           'AXIS', 'ARROWS', 'W', 'H', 'CAPTION', 'LINE', 'MEASURES', 'style', 'colours', 'save_figure', 'Cell',
-           'pooled', 'results_table', 'success_bars', 'curves', 'top_view', 'action_words', 'project', 'film_strip',
-           'compare_strip', 'quality_bars', 'length_histogram', 'rollout_frames', 'gif']
+           'LAST', 'AXIS', 'ARROWS', 'W', 'H', 'CAPTION', 'LINE', 'MEASURES', 'style', 'colours', 'save_figure', 'Cell',
+           'pooled', 'results_table', 'success_bars', 'curves', 'success_curves', 'top_view', 'action_words', 'project',
+           'film_strip', 'compare_strip', 'quality_bars', 'length_histogram', 'rollout_frames', 'gif']
 
 # %% ../nbs/10_plots.ipynb #cd680e4c
-METHOD_COLOURS = {"bc": "#56B4E9", "bc+kalm": "#0072B2", "cql": "#E69F00", "cql+kalm": "#D55E00", "llm": "#CC79A7", "expert": "#009E73", "random": "#999999"}
-SPARE_COLOURS = ("#000000", "#F0E442", "#882255", "#44AA99", "#332288")
+METHOD_COLOURS = {"bc": "#56B4E9", "bc+kalm": "#0072B2", "cql": "#E69F00", "cql+kalm": "#D55E00", "bc+oracle": "#332288", "cql+oracle": "#882255", "lm": "#CC79A7", "dt": "#44AA99", "expert": "#009E73", "random": "#999999"}
+SPARE_COLOURS = ("#000000", "#F0E442", "#661100", "#DDCC77", "#6699CC")
 BALL_COLOURS = ("#f03030", "#3a85ff", "#35c51f", "#c044f0", "#30d5d8")  # in the order of COLOURS
 GOOD, BAD = "#009E73", "#D55E00"                                        # always beside a word or a tick
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False,
@@ -55,7 +55,7 @@ PAPER = {"bc":       dict(offline=60.1, rephrase=27.9, easy=17.9, hard=1.0),
          "cql":      dict(offline=56.2, rephrase=26.4, easy=18.0, hard=1.7),
          "bc+kalm":  dict(offline=52.5, rephrase=43.2, easy=33.5, hard=7.7),
          "cql+kalm": dict(offline=48.8, rephrase=40.1, easy=33.2, hard=7.8),
-         "llm":      dict(rephrase=23.4, easy=15.0, hard=0.9)}  # success, %
+         "lm":       dict(rephrase=23.4, easy=15.0, hard=0.9)}  # success, %
 PAPER_MATCH = dict(rephrase=85., easy=36., hard=28.)            # imagined rollouts that satisfy their goal, %
 
 # %% ../nbs/10_plots.ipynb #254c7fc6
@@ -73,14 +73,16 @@ class Cell(NamedTuple):
     seeds: int
     episodes: int   # over all seeds; those of several checkpoints count once
 
+LAST = 5  # checkpoints that count in a table; earlier ones are for learning curves
+
 def _by_seed(rows: Sequence[dict], method: str, level: str) -> list[tuple[float, float]]:
-    "For each seed its mean successes and episodes over checkpoints; `ValueError` if the rows come from several runs."
+    "For each seed its mean successes and episodes over the last checkpoints; `ValueError` if the rows come from several runs."
     mine = [r for r in rows if r["method"] == method and r["level"] == level]
     runs = sorted({tuple(str(r.get(k, "")) for k in ("preset", "backend", "config")) for r in mine})
     if len(runs) > 1: raise ValueError(f"{method} on {level} has rows of {len(runs)} runs (preset, backend, config): {'; '.join(map(', '.join, runs))}. Choose one, e.g. [r for r in rows if r['config'] == {runs[0][2]!r}]")
     seeds = {}
-    for r in mine: seeds.setdefault(str(r.get("seed", 0)), []).append((int(r["successes"]), int(r["episodes"])))
-    return [tuple(np.mean(v, 0)) for v in seeds.values()]
+    for r in sorted(mine, key=lambda r: int(r.get("step") or 0)): seeds.setdefault(str(r.get("seed", 0)), []).append((int(r["successes"]), int(r["episodes"])))
+    return [tuple(np.mean(v[-LAST:], 0)) for _, v in sorted(seeds.items())]
 
 def pooled(rows: Sequence[dict], method: str, level: str) -> Cell | None:
     "All rows of a method and level; None if there are none."
@@ -210,6 +212,33 @@ def _curve(ax, at: np.ndarray, values: np.ndarray, label: str, colour: str, smoo
     if smooth > 1: ax.plot(at, values.mean(0), color=colour, alpha=.3, lw=.8)
     if len(v) > 1: ax.fill_between(at, v.min(0), v.max(0), color=colour, alpha=.2, lw=0)
     ax.plot(at, v.mean(0), color=colour, label=f"{label}, {len(v)} seeds" if len(v) > 1 else label or None, marker="o" if len(at) == 1 else None)
+
+# %% ../nbs/10_plots.ipynb #4cf90377
+def success_curves(rows: Sequence[dict], levels: Sequence[str] | None = None):
+    "Success over gradient steps: mean over seeds, one standard deviation to each side; methods that do not train are dotted lines."
+    methods, seen = _present(rows); levels, colour = list(levels or seen), colours(methods)
+    with style():
+        fig, axes = plt.subplots(1, len(levels), figsize=(.9 + 2.1 * len(levels), 2.7), sharey=True, squeeze=False, layout="constrained")
+        for ax, level in zip(axes[0], levels):
+            for m in methods:
+                seeds = {}
+                for r in rows:
+                    if (r["method"], r["level"]) == (m, level): seeds.setdefault(str(r.get("seed", 0)), []).append(dict(step=r.get("step") or 0, rate=int(r["successes"]) / int(r["episodes"])))
+                if seeds: _success_curve(ax, *_align(list(seeds.values()), "step", "rate", m), m, colour[m])
+            ax.set(title=level, xlabel=AXIS["step"], ylim=(0, 100)); ax.xaxis.set_major_locator(plt.MaxNLocator(4)); ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v else "0")
+        axes[0][0].set_ylabel("success, %"); handles = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels())}
+        fig.legend(handles.values(), handles, ncols=min(len(handles), 6), loc="outside upper center")
+    return fig
+
+def _success_curve(ax, at: np.ndarray, rates: np.ndarray, label: str, colour: str) -> None:
+    "One method: rates (seeds, checkpoints)."
+    if len(at) == 1 and not at[0]: ax.axhline(100 * rates.mean(), color=colour, ls=":", label=label); return
+    mean, half = 100 * rates.mean(0), 100 * rates.std(0)
+    ax.fill_between(at, np.maximum(0, mean - half), np.minimum(100, mean + half), color=colour, alpha=.2, lw=0); ax.plot(at, mean, color=colour, label=label, marker="o", ms=2.5)
+#
+# ## The table from above
+#
+# A goal is geometry. Seen from above it can be drawn: the sector beside the target where the source has to end up, the line that a pushed ball has to cross, the circle to gather in. These are the very numbers that `Goal.success` uses.
 
 # %% ../nbs/10_plots.ipynb #f12a4697
 def top_view(state: np.ndarray, ax, goal: Goal | None = None, action: int | None = None, start: np.ndarray | None = None) -> None:

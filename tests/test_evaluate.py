@@ -6,7 +6,7 @@ import pytest
 
 from kalm.core import numpy_rng, read_csv
 from kalm.env import Simulator, states_of
-from kalm.evaluate import (RESULT_COLUMNS, Evaluation, GoalPolicy, RandomPolicy, evaluate, interquartile_mean, schedule, start_physics,
+from kalm.evaluate import (RESULT_COLUMNS, Evaluation, GoalPolicy, RandomPolicy, evaluate, interquartile_mean, probability_of_improvement, schedule, start_physics,
                            stratified_bootstrap, wilson, write_result)
 from kalm.goals import Goal, goal_array, goal_set
 from kalm.offline import GoalMLP, Policy
@@ -52,6 +52,13 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
         low, high = stratified_bootstrap([rng.random(60) < p for p in (.2, .5, .8)], level=.9, samples=200, seed=i)
         hits += low <= .5 <= high
     assert .82 < hits / 200 < .96
+
+def test_improvement_is_the_share_of_pairs_won():
+    p, low, high = probability_of_improvement([[1, 5], [4, 5]], [[2, 5], [3, 5], [0, 5]]); assert p == pytest.approx((4 / 6 + .5) / 2) and 0 <= low < p < high <= 1
+    assert probability_of_improvement([[9.], [8.]], [[1.], [2.]]) == (1, 1, 1) and probability_of_improvement(np.ones((3, 2)), np.ones((2, 2))) == (.5, .5, .5)
+    x = np.random.default_rng(0).normal(1, 1, (200, 1)); assert probability_of_improvement(x, x - 1, samples=200)[0] == pytest.approx(.76, abs=.05)   # two normals one deviation apart: Phi(1 / sqrt 2)
+    for bad in (([[1, 2]], [[1]]), (np.zeros((0, 2)), [[1, 2]])):
+        with pytest.raises(ValueError, match="same tasks"): probability_of_improvement(*bad)
 
 def test_bootstrap_keeps_strata_apart():
     assert stratified_bootstrap([np.zeros(5), np.ones(50)]) == (.5, .5)   # pooled, it would vary round .91
@@ -103,6 +110,13 @@ def test_batched_evaluation_is_one_episode_at_a_time(sim):
             physics = sim.step(physics, Fixed()(states_of(physics), None)); t += 1
             won = bool(goal.success(states_of(physics))[0])
         assert (won, t) == (got.success[i], got.length[i])
+
+def test_recorded_episodes_are_what_happened(sim):
+    one, two = Recorder(), Recorder(); plain, e = evaluate(one, MOVES, 12, sim=sim), evaluate(two, MOVES, 12, sim=sim, record=True); r = e.rollouts
+    assert plain.rollouts is None and len(r) == 12 and (r.lengths == e.length).all() and (r.terminated == e.success).all() and (r.truncated == ~e.success).all() and (r.goal == e.goal).all() and (r.actions[~r.mask] == -1).all() and (r.rewards[~r.mask] == 0).all()
+    np.testing.assert_array_equal(plain.success, e.success); again = sim.replay(r.states[:, 0], r.actions); np.testing.assert_allclose(again[:, 1], r.states[:, 1], atol=1e-5)   # the first push, before chaos
+    for t, (states, _) in enumerate(two.seen[:50]): np.testing.assert_array_equal(r.states[r.lengths > t, t], states.astype(np.float32))
+    for b in range(12): g = MOVES[r.goal[b]]; assert bool(g.success(r.last_states[b])) == e.success[b]; np.testing.assert_allclose(r.rewards[b, :r.lengths[b]], g.reward(r.states[b, :r.lengths[b]], r.states[b, 1:r.lengths[b] + 1]), atol=1e-6)
 
 def test_push_goals_take_one_step_and_report_both_judges(sim):
     def right(states, goals): return np.array([8 * g.source + {0: 1, 1: 2, 2: 3, 3: 0}[g.direction] for g in goals])

@@ -1,4 +1,5 @@
 "Imagination: fast equals slow, together equals alone, and measures that tell real rollouts from unreal ones."
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import kalm.generation as generation
 from conftest import liven, make_rollouts, mute, same_rollouts
 from kalm.core import IMAGINED, Rollouts, numpy_rng
 from kalm.embeddings import ACTION, TEXT, KalmLM
-from kalm.generation import (Desk, GoalReader, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, keywords, parts_of, quality, repair_unreal, round_trip, same_place, understand,
+from kalm.generation import (Desk, GoalReader, Verdict, agrees, choose, cut_unreal, describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, keywords, likelihood, parts_of, quality, repair_unreal, round_trip, same_place, understand,
                              verdict)
 from kalm.goals import COLOURS, COMPASS, COMPASS_VECTORS, Goal, configurations, goal_set, relations
 from kalm.grounding import DESCRIBE, EXPLAIN, GENERATE, MEANING, Writer, collate, meaning, write
@@ -573,3 +574,11 @@ def test_goals_as_vectors_are_what_is_held_in_mind(lively, goals):
         with torch.no_grad(): h = lively(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 10))[0, -1]
         np.testing.assert_allclose(v, h / h.norm(), atol=1e-4)
     assert got.dtype == np.float32 and np.array_equal(got[0], got[-1]) and np.array_equal(reader.encode(texts[1:2])[0], got[1]) and len(reader.known) == len(set(texts))
+
+def test_likelihoods_are_probabilities_of_the_actions(either, goals):
+    x = np.repeat(starts(1)[:, None], 40, 0); one = Rollouts(np.concatenate([x, x], 1), np.arange(40)[:, None], goal=np.zeros(40)); p = likelihood(either, one, goals[:1]); assert np.exp(p).sum() == pytest.approx(1, abs=1e-4) and p.std() > 0
+    best = generate(either, goals[:1], x[:1, 0], max_steps=1, temperature=0.); assert p.argmax() == best.actions[0, 0]
+    r = generate(either, goals, starts(6, 1), np.zeros(6, int), max_steps=5, stop="limit"); r = replace(r, lengths=np.array([5, 0, 3, 1, 5, 2]), actions=np.where(np.arange(5) < np.array([5, 0, 3, 1, 5, 2])[:, None], r.actions, -1)); p = likelihood(either, r, goals)
+    assert p[1] == 0 and (np.delete(p, 1) < 0).all(); np.testing.assert_allclose(likelihood(either, r, goals, batch_size=1), p, atol=1e-4)
+    whole, part = r[:1], r.pieces(np.array([0]), np.array([0]), np.array([4])); rest = 5 * likelihood(either, whole, goals) - 4 * likelihood(either, part, goals); assert rest < 0   # a mean a push: the last push's own share is left
+    two = replace(r, actions=np.where(r.mask & (np.arange(5) == 0), (r.actions + 8) % 40, r.actions)); assert likelihood(either, two, goals)[0] != p[0]

@@ -1,10 +1,12 @@
 "The command line from nothing to figures: whole, in stages, stopped, repeated, and given nonsense."
 import hashlib
 import json
+import os
 import shutil
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from conftest import make_rollouts, python, same_rollouts
 from kalm.core import IMAGINED, Rollouts, load_json, read_csv
 from kalm.evaluate import RESULT_COLUMNS
 from kalm.generation import generate, repair_unreal, verdict
-from kalm.goals import LEVELS, goal_set, motions, success_rows
+from kalm.goals import LEVELS, goal_set, load_goals, motions, success_rows
 from kalm.grounding import TASKS
 from kalm.pipeline import PRESETS, STAGES, UNSEEN_PROMPT, assess, assess_explanations, configure, dream, home_of, imagine_stage, jobs, main, parser, seeds_of
 
@@ -68,7 +70,12 @@ def test_results_are_complete(whole):
     rows, p = read_csv(whole/"results.csv"), PRESETS["smoke"]
     assert tuple(rows[0]) == RESULT_COLUMNS
     methods = {"random", "expert", "lm", "dt"} | {a + s for a in p.steps for s in ("", "+kalm", "+oracle")}
-    assert sorted((r["method"], r["level"]) for r in rows) == sorted((m, l) for m in methods for l in LEVELS)
+    learns = lambda m: m.split("+")[0] in p.steps; at = lambda m: {str(p.steps[m.split("+")[0]] // 10 * k) for k in (9, 10)} if learns(m) else {"0"}
+    assert sorted((r["method"], r["level"], r["step"]) for r in rows) == sorted((m, l, t) for m in methods for l in LEVELS for t in at(m))
+    for m in filter(learns, methods):
+        for l in LEVELS:   # the last policy's first episodes, success for success
+            r = Rollouts.load(whole/"acted"/m/l/"rollouts.npz"); [last] = [int(x["successes"]) for x in rows if (x["method"], x["level"], x["step"]) == (m, l, str(p.steps["bc"]))]
+            assert len(r) == p.episodes and r.terminated.sum() == last and (r.source == 0).all() and len(load_goals(whole/"acted"/m/l/"goals.json")) == len(goal_set(l))
     for r in rows:
         assert int(r["episodes"]) == p.episodes and 0 <= int(r["successes"]) <= p.episodes and float(r["rate"]) == pytest.approx(int(r["successes"]) / p.episodes, abs=1e-6)
         assert r["preset"] == "smoke" and r["config"] == load_json(whole/"config.json")["config"] and float(r["low"]) <= float(r["rate"]) <= float(r["high"])
@@ -86,9 +93,14 @@ def test_every_stage_left_its_files(whole):
     for algorithm, mix in jobs(p):
         for seed in seeds_of(p): home = home_of(whole, algorithm, mix, seed); assert (home/f"step-{p.steps[algorithm]}"/"policy.safetensors").exists() and read_csv(home/"curve.csv")
 
+def test_processes_judge_as_one_would(whole, tmp_path, monkeypatch):
+    p = replace(PRESETS["smoke"], episodes=700); monkeypatch.setattr(os, "cpu_count", lambda: 2); run = SimpleNamespace(preset=p, left=lambda: None); folder = str(home_of(whole, "bc", "all", 0)/"step-60")
+    work = [(m, l, 0, 60 if f else 0, f) for m, f in (("bc+kalm", folder), ("random", "")) for l in LEVELS]; got = dict(pipeline._judged(run, work)); assert list(got) and set(got) == set(work)
+    for w in work[::3]: alone = pipeline.judge(700, *w); np.testing.assert_array_equal(alone.success, got[w].success); assert same_rollouts(alone.rollouts, got[w].rollouts)
+
 def test_figures_are_pictures(whole):
     pictures = [f for f in (whole/"figures").iterdir() if f.suffix in (".png", ".gif")]
-    assert len(pictures) >= 2
+    assert {"success.png", "learning.png", "curves-bc.png"} <= {f.name for f in pictures} and any(f.name.startswith("lost-bc+kalm") for f in pictures)
     for f in pictures: assert f.read_bytes()[:4] in (b"\x89PNG", b"GIF8") and f.stat().st_size > 2000
 
 def test_nothing_half_written_lies_about(whole): assert not [f for f in whole.rglob("*") if ".tmp" in f.name or f.name.startswith(".stage")]
@@ -140,7 +152,7 @@ def comparable(out):
     "What has to be equal, whenever and however often a run was stopped."
     tensors = {str(f.relative_to(out)): load_file(f) for f in out.rglob("*.safetensors") if f.parent.name != "tensorboard"}
     tables = {str(f.relative_to(out)): [{k: v for k, v in r.items() if k not in ("seconds", "commit")} for r in read_csv(f)] for f in out.rglob("*.csv")}
-    tables["results.csv"].sort(key=lambda r: (r["method"], r["level"], r["seed"]))
+    tables["results.csv"].sort(key=lambda r: (r["method"], r["level"], r["seed"], r["step"]))
     jsons = {str(f.relative_to(out)): load_json(f) for name in ("quality.json", "filtered.json", "goals.json", "kalm.json", "policy.json") for f in out.rglob(name)}
     return tensors, tables, jsons, {str(f.relative_to(out)): Rollouts.load(f) for f in out.rglob("rollouts.npz")}
 
@@ -174,10 +186,11 @@ def test_interrupted_by_hand(tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------- presets and options
 
 def test_presets_are_whole():
-    assert list(PRESETS) == [p.name for p in PRESETS.values()] == ["smoke", "quick", "checkpoint", "paper"]
+    assert list(PRESETS) == [p.name for p in PRESETS.values()] == ["smoke", "quick", "checkpoint", "best", "night", "paper"]
     for p in PRESETS.values():
         assert set(p.imagined) <= set(LEVELS[1:]) and set(dict(p.tries)) <= set(p.imagined) and p.rl_rollouts <= p.rollouts and len(p.ground.mix) == len(TASKS) and not p.ground.start and set(p.steps) == {"bc", "cql"} and json.loads(json.dumps(asdict(p)))
-    assert PRESETS["quick"].ground == replace(PRESETS["checkpoint"].ground, steps=PRESETS["quick"].ground.steps) and [n for n, p in PRESETS.items() if p.shipped] == ["quick"]   # what ships is what `checkpoint` makes
+    assert PRESETS["quick"].ground == replace(PRESETS["checkpoint"].ground, steps=PRESETS["quick"].ground.steps) and [n for n, p in PRESETS.items() if p.shipped] == ["quick", "best", "night"]   # what ships is what `checkpoint` makes
+    paper, night = PRESETS["paper"], PRESETS["night"]; assert all(getattr(night, k) == getattr(paper, k) for k in ("bc", "cql", "steps", "together", "hindsight", "within", "symmetric", "whitening", "imagine_steps", "seeds", "episodes"))
 
 @pytest.mark.parametrize("argv, shipped, backbone, seed", [([], True, None, 0), (["--ground-afresh"], False, None, 0), (["--backbone", "tiny-random"], False, "tiny-random", 0), (["--seed", "7"], True, None, 7), (["--preset", "paper", "--seed", "3"], False, None, 3)], ids=str)
 def test_options_change_the_preset(argv, shipped, backbone, seed):

@@ -39,6 +39,15 @@ def test_checkpoints_of_a_seed_are_averaged_and_count_once():
     cell = plots.pooled(rows, "bc", "hard")
     assert cell.rate == pytest.approx(.15) and (cell.seeds, cell.episodes) == (2, 200)
 
+def test_only_the_last_five_checkpoints_count():
+    rows = [row("bc", "hard", 0, k, step=str(100 * t)) for t, k in ((10, 60), (1, 0), (9, 50), (8, 40), (7, 30), (6, 20), (2, 0))]; assert plots.pooled(rows, "bc", "hard").rate == pytest.approx(.4)
+
+def test_success_curves_are_means_over_seeds():
+    rows = [row("bc", "hard", s, k + s, step=str(t)) for s in (0, 2) for t, k in ((2000, 20), (1000, 10))] + [row("expert", "hard", 0, 68, step="0"), row("bc", "easy", 0, 5, step="1000")]
+    easy, hard = plots.success_curves(rows).axes; assert (easy.get_title(), hard.get_title()) == ("easy", "hard")
+    lines = {l.get_label(): l for l in hard.lines}; np.testing.assert_allclose(lines["bc"].get_xydata(), [(1000, 11), (2000, 21)]); assert set(lines["expert"].get_ydata()) == {68}
+    [band] = hard.collections; y = band.get_paths()[0].vertices[:, 1]; assert (y.min(), y.max()) == pytest.approx((10, 22))
+
 def test_rows_of_two_runs_are_not_mixed():
     rows = [row("bc", "hard", 0, 1, config="aaa"), row("bc", "hard", 0, 9, config="bbb")]
     with pytest.raises(ValueError, match="2 runs.*aaa.*bbb"): plots.results_table(rows)
@@ -59,7 +68,7 @@ def test_plain_table_lines_up():
 
 def test_the_papers_numbers_are_those_of_its_bars():
     assert set(plots.PAPER) < set(plots.METHOD_COLOURS) and all(set(v) <= set(LEVELS) for v in plots.PAPER.values())
-    assert "offline" not in plots.PAPER["llm"] and plots.PAPER["cql+kalm"]["hard"] == 7.8 and plots.PAPER["bc"]["offline"] == 60.1
+    assert "offline" not in plots.PAPER["lm"] and plots.PAPER["cql+kalm"]["hard"] == 7.8 and plots.PAPER["bc"]["offline"] == 60.1
 
 
 # ---------------------------------------------------------------- bars and curves
