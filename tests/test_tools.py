@@ -5,14 +5,16 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import kalm.grounding as grounding
 import kalm.pipeline as pipeline
 from conftest import ROOT, liven, make_rollouts
-from kalm.core import Rollouts, read_csv
+from kalm.core import IMAGINED, Rollouts, read_csv
+from kalm.data import collect
 from kalm.embeddings import Adapter
-from kalm.goals import LEVELS, goal_set
+from kalm.goals import LEVELS, goal_set, save_goals
 from kalm.grounding import GroundConfig, TASKS
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -34,10 +36,10 @@ def small(monkeypatch):
     "Few sentences a level and little to read."
     few = {l: goal_set(l)[:16] for l in LEVELS}; monkeypatch.setattr(pipeline, "goal_set", few.get); monkeypatch.setattr(grounding, "ordinary_text", lambda held_out=False: ["All work and no play makes Jack a dull boy. " * 20])
 
-@pytest.mark.parametrize("name", ["ablate", "assess"])
+@pytest.mark.parametrize("name", ["ablate", "assess", "ablate_policies"])
 def test_help(name, call, capsys):
     with pytest.raises(SystemExit) as e: call(module := tool(name), "--help")
-    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and "--rollouts" in out
+    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and any(o in out for o in ("--rollouts", "--run"))
 
 def test_ablations_are_listed_and_each_changes_what_it_says(call, capsys):
     ablate = tool("ablate"); base = replace(pipeline.PRESETS["checkpoint"].ground, steps=100, compose=0.); every = ablate.variants(base); call(ablate, "--list"); assert [l.split(":")[0] for l in capsys.readouterr().out.splitlines()] == list(every) and every["base"] == {}
@@ -65,3 +67,35 @@ def test_assessments_are_rows_and_stories(call, small, tiny, tmp_path, monkeypat
     def again(*a, **k): raise AssertionError("measured twice")
     for name in ("assess", "assess_explanations", "dream"): monkeypatch.setattr(tool_, name, again)
     before = (tmp_path/"out"/"imagination.csv").read_bytes(); call(tool_, *argv); assert (tmp_path/"out"/"imagination.csv").read_bytes() == before
+
+
+# ---------------------------------------------------------------- policies
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    "What a run with the settings of `smoke` leaves, the imagined rollouts an expert's."
+    out = tmp_path_factory.mktemp("run"); pipeline.Run(pipeline.PRESETS["smoke"], out); collect(goal_set("offline"), 80, policy="expert", out=out/"data", workers=1, progress=False)
+    for level in LEVELS[1:]:
+        goals = goal_set(level)[:24]; r = collect(goals, 48, policy="expert", seed=1, keep_failures=True, workers=1, progress=False); replace(r, source=np.full(len(r), IMAGINED)).save(out/"imagined"/level/"rollouts.npz"); save_goals(out/"imagined"/level/"goals.json", goals)
+    return out
+
+def test_policy_variants_change_one_thing(run_folder, lively, monkeypatch):
+    tool_ = tool("ablate_policies"); d = tool_.Data(run_folder); d.lm = lively; every = tool_.variants(d.preset); base = tool_.Variant(); won = {l: int(r.terminated.sum()) for l, (r, _) in d.imagined.items()}; assert every["base"] == base
+    for name, v in every.items(): changed = [k for k in vars(base) if k != "alone" and getattr(v, k) != getattr(base, k)]; assert len(changed) == (0 if name == "base" else 5 if name.startswith("paper") else 1), name
+    p, (r, _) = d.preset, tool_.real_part(d, base); assert len(r) == p.symmetric and r.lengths.max() <= p.within and len(tool_.real_part(d, every["no_symmetric"])[0]) == p.hindsight and tool_.real_part(d, every["paper"])[0] is d.real
+    assert tool_.real_part(d, every["no_within"])[0].lengths.max() > p.within
+    for level in d.imagined:
+        (r, goals), weights = tool_.imagined_part(d, base, level); assert len(r) == won[level] and weights is None and r.terminated.all() and r.lengths.max() <= p.within
+        assert .2 < len(tool_.imagined_part(d, every["half"], level)[0][0]) / won[level] < .8 and len(tool_.imagined_part(d, every["paper"], level)[0][0]) == 48
+        inferred = tool_.imagined_part(d, every["inverse"], level)[0][0]; assert inferred.states.shape == r.states.shape and not np.array_equal(inferred.actions, r.actions)
+        for trust in ("round_trip", "likelihood", "agreement"): w = tool_.imagined_part(d, every[trust], level)[1]; assert len(w) == won[level] and (w >= 0).all() and w.mean() == pytest.approx(1)
+    (r, goals), _ = tool_.imagined_part(d, every["wordings_1"], "rephrase"); used = [goals[i] for i in np.unique(r.goal)]; assert len({g.gist for g in used}) == len(used) < len({goals[i].text for i in d.imagined["rephrase"][0].goal})
+
+def test_policy_ablations_write_rows_once(run_folder, call, capsys, tmp_path, monkeypatch):
+    tool_ = tool("ablate_policies"); argv = ["--run", run_folder, "--steps", 30, "--episodes", 6, "--seeds", 2, "--results", tmp_path/"r.csv", "--only", "greedy", "apart"]; call(tool_, *argv); rows = read_csv(tmp_path/"r.csv")
+    assert sorted((r["variant"], r["method"], r["level"], r["seed"]) for r in rows) == sorted([("greedy", m, l, s) for m in ("bc", "bc+kalm") for l in LEVELS for s in "01"] + [("apart", "bc+kalm", l, s) for l in LEVELS[1:] for s in "01"])
+    assert all(0 <= int(r["successes"]) <= 6 and r["preset"] == "smoke" and (int(r["imagined"]) > 0) == r["method"].endswith("+kalm") for r in rows)
+    monkeypatch.setattr(tool_, "evaluate", None); call(tool_, *argv); assert read_csv(tmp_path/"r.csv") == rows   # nothing is measured twice
+    call(tool_, "--run", run_folder, "--list"); assert "wordings_3" in capsys.readouterr().out
+    with pytest.raises(SystemExit): call(tool_, "--run", run_folder, "--only", "nonsense")
+    assert "nonsense" in capsys.readouterr().err

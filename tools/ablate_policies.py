@@ -98,7 +98,7 @@ def imagined_part(d: Data, v: Variant, level: str) -> tuple[tuple, np.ndarray | 
     if v.part < 1: keep = numpy_rng(0, "part", level).random(len(r)) < v.part
     if v.wordings and level == "rephrase":
         place, seen = {}, {}
-        for i, g in enumerate(goals): place[i] = seen.setdefault(g.gist, []).__len__(); seen[g.gist].append(i)
+        for i, g in enumerate(goals): place[i] = seen.get(g.gist, 0); seen[g.gist] = place[i] + 1
         keep &= np.array([place[i] < v.wordings for i in r.goal])
     assert weights is None or len(weights) == len(r) == len(won)
     return (r[keep], goals), None if weights is None else weights[keep]
@@ -109,7 +109,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--run", type=Path, default=Path("runs/quick"), help="folder of a run with data and imagined rollouts"); p.add_argument("--steps", type=int, default=20_000); p.add_argument("--episodes", type=int, default=1000); p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--only", nargs="+"); p.add_argument("--list", action="store_true"); p.add_argument("--results", type=Path, default=Path("results/policy_ablations.csv"))
-    a = p.parse_args(); d = Data(a.run); every = variants(d.preset)
+    a = p.parse_args()
+    if not (a.run/"config.json").exists(): p.error(f"{a.run} is not the folder of a run: `kalm run --out {a.run}` makes one")
+    d = Data(a.run); every = variants(d.preset)
     if a.list: print("\n".join(f"{n}: {v}" for n, v in every.items())); return
     if unknown := set(a.only or ()) - set(every): p.error(f"unknown variants {sorted(unknown)}: one of {', '.join(every)}")
     torch.set_num_threads(1); sim = Simulator(); key = dict(preset=d.preset.name, steps=a.steps, episodes=a.episodes)
