@@ -11,9 +11,10 @@ import pytest
 import kalm.grounding as grounding
 import kalm.pipeline as pipeline
 from conftest import ROOT, liven, make_rollouts
-from kalm.core import IMAGINED, Rollouts, read_csv
+from kalm.core import IMAGINED, Rollouts, load_json, read_csv
 from kalm.data import collect
 from kalm.embeddings import Adapter
+from kalm.evaluate import write_result
 from kalm.goals import LEVELS, goal_set, save_goals
 from kalm.grounding import GroundConfig, TASKS
 
@@ -36,10 +37,10 @@ def small(monkeypatch):
     "Few sentences a level and little to read."
     few = {l: goal_set(l)[:16] for l in LEVELS}; monkeypatch.setattr(pipeline, "goal_set", few.get); monkeypatch.setattr(grounding, "ordinary_text", lambda held_out=False: ["All work and no play makes Jack a dull boy. " * 20])
 
-@pytest.mark.parametrize("name", ["ablate", "assess", "ablate_policies"])
+@pytest.mark.parametrize("name", ["ablate", "assess", "ablate_policies", "publish"])
 def test_help(name, call, capsys):
     with pytest.raises(SystemExit) as e: call(module := tool(name), "--help")
-    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and any(o in out for o in ("--rollouts", "--run"))
+    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and any(o in out for o in ("--rollouts", "--run", "--out"))
 
 def test_ablations_are_listed_and_each_changes_what_it_says(call, capsys):
     ablate = tool("ablate"); base = replace(pipeline.PRESETS["checkpoint"].ground, steps=100, compose=0.); every = ablate.variants(base); call(ablate, "--list"); assert [l.split(":")[0] for l in capsys.readouterr().out.splitlines()] == list(every) and every["base"] == {}
@@ -99,3 +100,10 @@ def test_policy_ablations_write_rows_once(run_folder, call, capsys, tmp_path, mo
     call(tool_, "--run", run_folder, "--list"); assert "wordings_3" in capsys.readouterr().out
     with pytest.raises(SystemExit): call(tool_, "--run", run_folder, "--only", "nonsense")
     assert "nonsense" in capsys.readouterr().err
+
+def test_publishing_copies_this_runs_rows_and_episodes(run_folder, call, capsys, tmp_path):
+    tool_ = tool("publish"); config = load_json(run_folder/"config.json")["config"]
+    with pytest.raises(SystemExit, match="kalm evaluate"): call(tool_, run_folder, "--out", tmp_path/"results")
+    about = dict(preset="smoke", backend="-", config=config, method="bc+kalm", seed=0, step=60, episodes=12, commit=""); write_result(run_folder/"results.csv", level="easy", successes=5, **about); write_result(run_folder/"results.csv", level="hard", successes=1, **about)
+    make_rollouts(3).save(run_folder/"acted"/"bc+kalm"/"easy"/"rollouts.npz"); make_rollouts(3).save(run_folder/"acted"/"bc"/"easy"/"rollouts.npz"); call(tool_, run_folder, "--out", tmp_path/"results")
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv"] and (tmp_path/"results"/"smoke.csv").read_bytes() == (run_folder/"results.csv").read_bytes() and "2 rows, 1 files" in capsys.readouterr().out
