@@ -182,13 +182,16 @@ class RandomPolicy:
     "Uniform actions: what success costs nothing."
     encoder_name = None
     def __init__(self, seed: int = 0): self.rng = numpy_rng(seed, "random policy")
-    def embed(self, goals: Sequence[Goal]) -> np.ndarray: return np.zeros((len(goals), 1), np.float32)
+    def embed(self, goals: Sequence[Goal]) -> np.ndarray:
+        "(G, 1) zeros: it does not look."
+        return np.zeros((len(goals), 1), np.float32)
     def __call__(self, states: np.ndarray, inputs: np.ndarray) -> np.ndarray: return self.rng.integers(0, N_ACTIONS, len(states))
 
 class GoalPolicy:
     "A policy from `act(states (B, S), goals: list[Goal]) -> (B,) actions`: for planners, scripts, and language models that read the goal themselves."
     def __init__(self, act: Callable[[np.ndarray, list[Goal]], np.ndarray]): self.act, self.goals = act, []
     def embed(self, goals: Sequence[Goal]) -> np.ndarray:
+        "(G,) places in the list, which it keeps."
         self.goals = list(goals)
         return np.arange(len(goals))
     def __call__(self, states: np.ndarray, inputs: np.ndarray) -> np.ndarray: return self.act(states, [self.goals[i] for i in inputs])

@@ -350,7 +350,7 @@ class Policy:
         return out.argmax(1).numpy()
 
     def save(self, folder: str | Path) -> None:
-        "Write `policy.safetensors` (weights, and the rest in its header) and its checksum into `folder`."
+        "Write `policy.safetensors` (weights, and the rest in its header) and its checksum into `folder`, which is made if it is not there."
         about = dict(format="kalm.policy", sizes=self.net.sizes, algorithm=self.algorithm, encoder_name=self.encoder_name, step=self.step, temperature=self.temperature)
         save_tensors(Path(folder)/"policy.safetensors", self.net.state_dict(), {"kalm": json.dumps(about)})
 

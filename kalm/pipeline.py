@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import Rollouts, fast_dtype, load_json, numpy_rng, read_csv, save_json
+from .core import IMAGINED, Rollouts, fast_dtype, load_json, numpy_rng, read_csv, save_json
 from .cql import CQL
 from .embeddings import TINY_BACKBONE, Adapter, KalmLM
 from .generation import describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, matches, quality, repair_unreal, round_trip, same_place, understand, verdict
@@ -26,7 +26,7 @@ from .offline import BC, Policy, Replay, SentenceEncoder, Whitening, hindsight, 
 __all__ = ['PRESETS', 'SHARD', 'UNSEEN_PROMPT', 'ACTED', 'STAGES', 'Preset', 'Stopped', 'Run', 'commit', 'versions', 'machine',
            'device', 'collect_stage', 'need', 'real_data', 'ground_stage', 'grounded_lm', 'imagine_stage', 'dream',
            'assess', 'assess_explanations', 'jobs', 'seeds_of', 'home_of', 'parts_of', 'ends', 'whitening_of',
-           'train_one', 'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'judge', 'evaluate_lm',
+           'train_one', 'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'rows_of', 'judge', 'evaluate_lm',
            'figures_stage', 'run_stages', 'parser', 'configure', 'main']
 
 # %% ../nbs/11_pipeline.ipynb #e56721be
@@ -109,15 +109,19 @@ def commit() -> str:
     except OSError: return ""
 
 def versions() -> dict[str, str]:
+    "Of Python and what results depend on."
     def of(p):
         try: return version(p)
         except PackageNotFoundError: return "absent"
     return {"python": sys.version.split()[0]} | {p: of(p) for p in ("torch", "transformers", "peft", "mujoco", "gymnasium", "numpy")}
 
 def machine() -> dict:
+    "Cores and GPU."
     return dict(cores=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
-def device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
+def device() -> str:
+    "Where models run: a GPU if there is one."
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/11_pipeline.ipynb #6201c5d7
 def collect_stage(run: Run) -> None:
@@ -157,7 +161,7 @@ def ground_stage(run: Run) -> None:
     if rows: run.say(f"  {int(rows[-1]['tokens']):,} tokens; losses: action {float(rows[-1]['action']):.2f}, state {float(rows[-1]['state']):.3f}, text {float(rows[-1]['text']):.2f}")
 
 def _policy_alone(cfg: GroundConfig) -> GroundConfig:
-    "Grounding as a decision transformer is trained: it sees the goal's sentence and the states so far and learns the next push, nothing else; every push is imitated alike."
+    "Grounding as a decision transformer is trained: rollouts behind their goal's sentence, push and state in turn, and none of the other tasks; every push is imitated alike. At most 600 steps: some two rounds of 6,400 rollouts with our batches."
     return replace(cfg, mix=(1.,) + (0.,) * (len(cfg.mix) - 1), gist=False, compose=0., share=1, idle_credit=1., steps=min(cfg.steps, 600), key_weight=1.)
 
 def grounded_lm(run: Run, name: str = "grounded") -> KalmLM:
@@ -265,9 +269,13 @@ def jobs(p: Preset) -> list[tuple[str, str]]:
     novel = ["all"] if p.together else list(p.imagined)
     return [(a, m) for a in p.steps for m in ["offline", *novel] + [f"oracle_{m}" for m in novel if "oracle" in p.baselines]]
 
-def seeds_of(p: Preset) -> list[int]: return [p.seed + s for s in range(p.seeds)]
+def seeds_of(p: Preset) -> list[int]:
+    "Those of its policies."
+    return [p.seed + s for s in range(p.seeds)]
 
-def home_of(out: Path, algorithm: str, mix: str, seed: int) -> Path: return Path(out)/"policies"/f"{algorithm}-{mix}-{seed}"
+def home_of(out: Path, algorithm: str, mix: str, seed: int) -> Path:
+    "The folder of a policy's curve and checkpoints."
+    return Path(out)/"policies"/f"{algorithm}-{mix}-{seed}"
 
 def parts_of(out: Path, p: Preset, mix: str) -> list:
     "Rollouts and goals that a policy of `mix` learns from."
@@ -281,8 +289,8 @@ def parts_of(out: Path, p: Preset, mix: str) -> list:
                               for level in p.imagined if novel in ("all", level)]
 
 def ends(r: Rollouts, within: int | None, kind: str = "imagined") -> Rollouts:
-    "Of novel rollouts what is learned from: all of the imagined ones, of an expert's (`oracle`) those that met their goal; if `within` is given so many last steps of those that did."
-    won = np.flatnonzero(r.terminated)
+    "Of novel rollouts what is learned from: all of the imagined ones, of an expert's (`oracle`) those that met their goal; if `within` is given so many last steps of those that did. An expert's take the place of imagined ones in every batch too."
+    won = np.flatnonzero(r.terminated); r = replace(r, source=np.full(len(r), IMAGINED))
     if within is not None: return r.pieces(won, np.maximum(0, r.lengths[won] - within), r.lengths[won])
     return r if kind == "imagined" else r[won]
 
@@ -290,14 +298,18 @@ def whitening_of(p: Preset) -> Whitening | None:
     "One for all policies, with and without imagination: from the sentences of the taught and of the novel goals, no rollouts."
     return Whitening.fit(SentenceEncoder().encode([g.text for l in ("offline", *p.imagined) for g in goal_set(l)]), p.whitening) if p.whitening else None
 
-def train_one(out: str, p: Preset, job: tuple[str, str], max_minutes: float | None) -> int:
-    "Train the policies of one job, in `policies/ALGO-MIX-SEED/`; returns the step reached."
+def train_one(out: str, p: Preset, job: tuple[str, str], # algorithm, mix
+              until: float | None = None # stop cleanly at this `time.time()`
+             ) -> int:
+    "Train the policies of one job, in `policies/ALGO-MIX-SEED/`; returns the step reached, 0 if there was no time to begin."
     (algorithm, mix), out = job, Path(out)
+    if until is not None and time.time() >= until: return 0
     steps = p.steps[algorithm]; every = max(1, steps // 10)
     def keep(policies: list[Policy], step: int):
         for seed, policy in zip(seeds_of(p), policies if step > steps - p.checkpoints * every else ()): policy.save(home_of(out, algorithm, mix, seed)/f"step-{step}")
-    policies = getattr(p, algorithm).fit(Replay(parts_of(out, p, mix), encoder=SentenceEncoder(), device=device(), whitening=whitening_of(p)), steps=steps, seed=seeds_of(p), out=out/"policies"/f"{algorithm}-{mix}", max_minutes=max_minutes,
-                                           callback=keep, callback_every=every, log_every=max(1, steps // 50), checkpoint_every=max(1, steps // 20))
+    buffer = Replay(parts_of(out, p, mix), encoder=SentenceEncoder(), device=device(), whitening=whitening_of(p)); minutes = None if until is None else max(0., until - time.time()) / 60
+    policies = getattr(p, algorithm).fit(buffer, steps=steps, seed=seeds_of(p), out=out/"policies"/f"{algorithm}-{mix}", max_minutes=minutes, callback=keep,
+                                         callback_every=every, log_every=max(1, steps // 50), checkpoint_every=max(1, steps // 20))
     return policies[0].step
 
 def train_stage(run: Run) -> None:
@@ -306,23 +318,31 @@ def train_stage(run: Run) -> None:
     need(run.out/"data"/"rollouts.npz", "collect")
     for level in p.imagined: need(run.out/"imagined"/level/"quality.json", "imagine")
     todo = [(a, m) for a, m in jobs(p) if not all((home_of(run.out, a, m, s)/f"step-{p.steps[a]}"/"policy.safetensors").exists() for s in seeds_of(p))]
-    SentenceEncoder().encode([g.text for l in LEVELS for g in goal_set(l)])  # once, before the processes need them
-    minutes = run.left()
-    if device() == "cuda" or len(todo) < 2: reached = [train_one(str(run.out), p, j, run.left()) for j in todo]
+    minutes = run.left(); until = None if minutes is None else time.time() + 60 * minutes
+    if device() == "cuda" or len(todo) < 2: reached = [(j, train_one(str(run.out), p, j, until)) for j in todo]
     else:
-        with ProcessPoolExecutor(min(len(todo), os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
-            from tqdm import tqdm
-            futures = [pool.submit(train_one, str(run.out), p, j, minutes) for j in todo]
-            reached = [f.result() for f in tqdm(futures, desc="training", unit="job", disable=None)]
-    if any(step < p.steps[j[0]] for j, step in zip(todo, reached)): raise Stopped()
+        from tqdm import tqdm
+        reached = tqdm(_side_by_side(train_one, [(j, (str(run.out), p, j, until)) for j in todo]), total=len(todo), desc="training", unit="job", disable=None)
+    if any([step < p.steps[j[0]] for j, step in reached]): raise Stopped()
     run.say(f"  {len(jobs(p)) * p.seeds} policies")
 
+def _side_by_side(f, calls: list[tuple]):
+    "(name, f(*arguments)) of each (name, arguments), as they get done in a process a core; an error or an interrupt gives up what has not begun."
+    SentenceEncoder().encode([g.text for l in LEVELS for g in goal_set(l)])  # once, before the processes need them
+    pool = ProcessPoolExecutor(min(len(calls), os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+    try:
+        waiting = {pool.submit(f, *arguments): name for name, arguments in calls}
+        for future in as_completed(list(waiting)): yield waiting.pop(future), future.result()
+    finally: pool.shutdown(cancel_futures=True)
+
 def _quiet() -> None:
-    "Worker processes: one thread, no bars."
-    os.environ["TQDM_DISABLE"] = "1"; torch.set_num_threads(1)
+    "Worker processes: one thread, nothing on the terminal; their errors come back as exceptions."
+    torch.set_num_threads(1); sys.stderr = open(os.devnull, "w")
 
 # %% ../nbs/11_pipeline.ipynb #d626a439
-def method_of(algorithm: str, mix: str) -> str: return algorithm if mix == "offline" else f"{algorithm}+oracle" if mix.startswith("oracle_") else f"{algorithm}+kalm"
+def method_of(algorithm: str, mix: str) -> str:
+    "What a job's policies are called in results: `bc`, `bc+kalm`, `bc+oracle`."
+    return algorithm if mix == "offline" else f"{algorithm}+oracle" if mix.startswith("oracle_") else f"{algorithm}+kalm"
 
 def levels_of(p: Preset, mix: str) -> list[str]:
     "Levels on which a policy is judged: its own novel level and *offline*, or all."
@@ -335,52 +355,58 @@ def evaluate_stage(run: Run) -> None:
     "results.csv: a row for each method, level, seed and checkpoint, judged in the real environment; acted/METHOD/LEVEL/: the first episodes of the last policy of the first seed."
     from kalm.evaluate import write_result
     from tqdm import tqdm
-    p, path = run.preset, run.out/"results.csv"
+    p, path, work = run.preset, run.out/"results.csv", rows_of(run.preset, run.out)
     done = {(r["method"], r["level"], r["seed"], r["step"]) for r in read_csv(path) if r["config"] == run.config}
-    work = [(name, level, p.seed, 0, "") for name in ("random", "expert") for level in LEVELS]
-    for algorithm, mix, seed in ((a, m, s) for s in seeds_of(p) for a, m in jobs(p)):
-        steps = p.steps[algorithm]; every = max(1, steps // 10)
-        for step in range(steps - (p.checkpoints - 1) * every, steps + 1, every):
-            folder = need(home_of(run.out, algorithm, mix, seed)/f"step-{step}"/"policy.safetensors", "train").parent
-            work += [(method_of(algorithm, mix), level, seed, step, str(folder)) for level in levels_of(p, mix)]
-    work += [(name, level, seed, 0, folder) for name, folder in (("lm", "grounded"), ("dt", "dt")) if name in p.baselines for level in LEVELS for seed in seeds_of(p)]
+    for folder in filter(None, (w[4] for w in work)): need(Path(folder)/"policy.safetensors", "train")
     todo = [w for w in work if (w[0], w[1], str(w[2]), str(w[3])) not in done]; about = dict(config=run.config, commit=commit(), backend=p.ground.backbone, preset=p.name)
     with tqdm(total=len(work), initial=len(work) - len(todo), desc="evaluating", unit="row", disable=None) as bar:
         for (method, level, seed, step, _), e in _judged(run, todo):
-            last = seed == p.seed and step == p.steps.get(method.split("+")[0], 0); home = run.out/"acted"/method/level
-            if last and e.rollouts is not None: save_goals(home/"goals.json", list(e.goals)); e.rollouts[:ACTED].save(home/"rollouts.npz")
+            home = run.out/"acted"/method/level
+            if e.rollouts is not None: save_goals(home/"goals.json", list(e.goals)); e.rollouts.save(home/"rollouts.npz")
             write_result(path, method=method, level=level, seed=seed, step=step, episodes=e.episodes, successes=e.successes, action_match="" if e.action_match is None else f"{e.action_rate:.6f}", **about); bar.update()
+
+def rows_of(p: Preset, out: Path) -> list[tuple[str, str, int, int, str]]:
+    "Method, level, seed and step of every row that a whole `results.csv` has, and the policy's folder (empty for methods without one)."
+    rows = [(name, level, p.seed, 0, "") for name in ("random", "expert") for level in LEVELS]
+    for algorithm, mix, seed in ((a, m, s) for s in seeds_of(p) for a, m in jobs(p)):
+        steps = p.steps[algorithm]; every = max(1, steps // 10)
+        for step in range(steps - (p.checkpoints - 1) * every, steps + 1, every):
+            rows += [(method_of(algorithm, mix), level, seed, step, str(home_of(out, algorithm, mix, seed)/f"step-{step}")) for level in levels_of(p, mix)]
+    return rows + [(name, level, seed, 0, "") for name in ("lm", "dt") if name in p.baselines for level in LEVELS for seed in seeds_of(p)]
 
 def _judged(run: Run, todo: list):
     "Each piece of work with its `Evaluation` as it is done: policies in several processes, language models here."
     p, small = run.preset, [w for w in todo if w[0] not in ("lm", "dt")]
+    calls = [(w, (p.episodes, *w, w[2] == p.seed and w[3] == p.steps.get(w[0].split("+")[0]))) for w in small]
     if len(small) * p.episodes < 5000 or (os.cpu_count() or 1) == 1:
-        for w in small: run.left(); yield w, judge(p.episodes, *w)
+        for w, arguments in calls: run.left(); yield w, judge(*arguments)
     else:
-        pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
-        try:
-            for f in as_completed(waiting := {pool.submit(judge, p.episodes, *w): w for w in small}): yield waiting[f], f.result(); run.left()
-        finally: pool.shutdown(cancel_futures=True)
+        for done in _side_by_side(judge, calls): yield done; run.left()
     for name, folder in (("lm", "grounded"), ("dt", "dt")):
         mine = [w for w in todo if w[0] == name]; lm = grounded_lm(run, folder) if mine else None
-        for w in mine: run.left(); yield w, evaluate_lm(lm, goal_set(w[1]), episodes=p.episodes, seed=w[2])
+        for w in mine: run.left(); yield w, evaluate_lm(lm, goal_set(w[1]), episodes=p.episodes, seed=w[2], temperature=p.bc.temperature)   # as a cloned policy chooses
 
-def judge(episodes: int, method: str, level: str, seed: int, step: int, folder: str):
-    "The `Evaluation` of the policy in a folder, or of `random` or `expert`."
+def judge(episodes: int, method: str, level: str, seed: int, step: int, folder: str,
+          keep: bool = False # the first episodes, as `rollouts`
+         ): # -> Evaluation
+    "How the policy in a folder does, or `random` or `expert`."
     from kalm.data import Expert
     from kalm.env import Simulator
     from kalm.evaluate import RandomPolicy, evaluate
     policy = dict(random=RandomPolicy, expert=Expert)[method]() if not folder else load_policy(folder)
-    return evaluate(policy, goal_set(level), episodes=episodes, seed=seed, sim=Simulator(threads=1), record=True)
+    e = evaluate(policy, goal_set(level), episodes=episodes, seed=seed, sim=Simulator(threads=1), record=keep)
+    return replace(e, rollouts=e.rollouts[:ACTED]) if keep else e
 
 # %% ../nbs/11_pipeline.ipynb #ce04b780
-def evaluate_lm(lm: KalmLM, goals: list, episodes: int = 1000, seed: int = 0, sim=None, batch_size: int = 128):
+def evaluate_lm(lm: KalmLM, goals: list, episodes: int = 1000, seed: int = 0,
+                temperature: float = 0., # of the draws of pushes; 0 takes the likeliest
+                sim=None, batch_size: int = 128): # -> Evaluation
     "The grounded model itself as the policy, judged as `kalm.evaluate.evaluate` does: it chooses each push, the real environment answers."
     from kalm.env import Simulator, states_of
     from kalm.evaluate import Evaluation, schedule, start_physics
     sim, index = sim or Simulator(), schedule(goals, episodes, seed); physics = start_physics(sim, goals, index, seed); start = states_of(physics)
     def world(rows, actions): physics[rows] = sim.step(physics[rows], actions); return states_of(physics[rows])
-    r = generate(lm, goals, start, index, seed=seed, batch_size=batch_size, world=world)
+    r = generate(lm, goals, start, index, seed=seed, temperature=temperature, batch_size=batch_size, world=world)
     match = np.array([goals[i].action_success(a[:1])[0] for i, a in zip(index, r.actions)]) if all(g.kind == "push" for g in goals) else None
     return Evaluation(tuple(goals), index, r.terminated, r.lengths, match, seed)
 

@@ -93,10 +93,25 @@ def test_every_stage_left_its_files(whole):
     for algorithm, mix in jobs(p):
         for seed in seeds_of(p): home = home_of(whole, algorithm, mix, seed); assert (home/f"step-{p.steps[algorithm]}"/"policy.safetensors").exists() and read_csv(home/"curve.csv")
 
+def test_experts_take_the_place_of_dreams(whole):
+    p = PRESETS["smoke"]; real, *novel = pipeline.parts_of(whole, p, "oracle_all"); assert len(novel) == 3 and (real[0].source == 0).all()
+    for (r, _), (r2, _) in zip(novel, pipeline.parts_of(whole, p, "all")[1:]): assert (r.source == IMAGINED).all() and r.terminated.all() and r.lengths.max() <= p.within and (r2.source == IMAGINED).all()
+
+def test_no_training_after_the_deadline(whole, monkeypatch):
+    def never(*a, **k): raise AssertionError("trained")
+    monkeypatch.setattr(pipeline, "parts_of", never); assert pipeline.train_one(str(whole), PRESETS["smoke"], ("bc", "all"), until=time.time() - 1) == 0
+
+def test_an_error_in_a_process_is_raised_at_once():
+    began = time.monotonic(); calls = [("wrong", ("x",))] + [(k, (30.,)) for k in range(6)]
+    with pytest.raises(TypeError): dict(pipeline._side_by_side(time.sleep, calls))
+    assert time.monotonic() - began < 100   # what had begun is waited for, the rest is not begun
+
 def test_processes_judge_as_one_would(whole, tmp_path, monkeypatch):
     p = replace(PRESETS["smoke"], episodes=700); monkeypatch.setattr(os, "cpu_count", lambda: 2); run = SimpleNamespace(preset=p, left=lambda: None); folder = str(home_of(whole, "bc", "all", 0)/"step-60")
-    work = [(m, l, 0, 60 if f else 0, f) for m, f in (("bc+kalm", folder), ("random", "")) for l in LEVELS]; got = dict(pipeline._judged(run, work)); assert list(got) and set(got) == set(work)
-    for w in work[::3]: alone = pipeline.judge(700, *w); np.testing.assert_array_equal(alone.success, got[w].success); assert same_rollouts(alone.rollouts, got[w].rollouts)
+    work = [(m, l, 0, 60 if f else 0, f) for m, f in (("bc+kalm", folder), ("random", "")) for l in LEVELS]; got = dict(pipeline._judged(run, work)); assert set(got) == set(work)
+    for w in work[::3]:
+        alone = pipeline.judge(700, *w, keep=True); np.testing.assert_array_equal(alone.success, got[w].success); assert len(alone.rollouts) == pipeline.ACTED
+        assert got[w].rollouts is None if w[0] == "random" else same_rollouts(alone.rollouts, got[w].rollouts)
 
 def test_figures_are_pictures(whole):
     pictures = [f for f in (whole/"figures").iterdir() if f.suffix in (".png", ".gif")]
@@ -142,8 +157,7 @@ class Clock:
 class Here:
     "A pool whose processes are this one."
     def __init__(self, *a, **k): pass
-    def __enter__(self): return self
-    def __exit__(self, *a): pass
+    def shutdown(self, **how): pass
     def submit(self, f, *args):
         future = Future(); future.set_result(f(*args))
         return future

@@ -93,17 +93,23 @@ def test_policy_variants_change_one_thing(run_folder, lively, monkeypatch):
     (r, goals), _ = tool_.imagined_part(d, every["wordings_1"], "rephrase"); used = [goals[i] for i in np.unique(r.goal)]; assert len({g.gist for g in used}) == len(used) < len({goals[i].text for i in d.imagined["rephrase"][0].goal})
 
 def test_policy_ablations_write_rows_once(run_folder, call, capsys, tmp_path, monkeypatch):
-    tool_ = tool("ablate_policies"); argv = ["--run", run_folder, "--steps", 30, "--episodes", 6, "--seeds", 2, "--results", tmp_path/"r.csv", "--only", "greedy", "apart"]; call(tool_, *argv); rows = read_csv(tmp_path/"r.csv")
-    assert sorted((r["variant"], r["method"], r["level"], r["seed"]) for r in rows) == sorted([("greedy", m, l, s) for m in ("bc", "bc+kalm") for l in LEVELS for s in "01"] + [("apart", "bc+kalm", l, s) for l in LEVELS[1:] for s in "01"])
+    tool_ = tool("ablate_policies"); argv = ["--run", run_folder, "--steps", 30, "--episodes", 6, "--seeds", 2, "--results", tmp_path/"r.csv", "--only", "beta", "apart"]; call(tool_, *argv); rows = read_csv(tmp_path/"r.csv")
+    assert sorted((r["variant"], r["method"], r["level"], r["seed"]) for r in rows) == sorted([("beta", m, l, s) for m in ("bc", "bc+kalm") for l in LEVELS for s in "01"] + [("apart", "bc+kalm", l, s) for l in LEVELS[1:] for s in "01"])
     assert all(0 <= int(r["successes"]) <= 6 and r["preset"] == "smoke" and (int(r["imagined"]) > 0) == r["method"].endswith("+kalm") for r in rows)
-    monkeypatch.setattr(tool_, "evaluate", None); call(tool_, *argv); assert read_csv(tmp_path/"r.csv") == rows   # nothing is measured twice
+    (tmp_path/"r.csv").write_text("".join((tmp_path/"r.csv").read_text().splitlines(True)[:4])); call(tool_, *argv); again = read_csv(tmp_path/"r.csv"); assert sorted(map(str, again)) == sorted(map(str, rows))   # stopped and continued: the same numbers
+    monkeypatch.setattr(tool_, "evaluate", None); rows = again; call(tool_, *argv); assert read_csv(tmp_path/"r.csv") == rows   # nothing is measured twice
     call(tool_, "--run", run_folder, "--list"); assert "wordings_3" in capsys.readouterr().out
     with pytest.raises(SystemExit): call(tool_, "--run", run_folder, "--only", "nonsense")
     assert "nonsense" in capsys.readouterr().err
 
-def test_publishing_copies_this_runs_rows_and_episodes(run_folder, call, capsys, tmp_path):
-    tool_ = tool("publish"); config = load_json(run_folder/"config.json")["config"]
-    with pytest.raises(SystemExit, match="kalm evaluate"): call(tool_, run_folder, "--out", tmp_path/"results")
-    about = dict(preset="smoke", backend="-", config=config, method="bc+kalm", seed=0, step=60, episodes=12, commit=""); write_result(run_folder/"results.csv", level="easy", successes=5, **about); write_result(run_folder/"results.csv", level="hard", successes=1, **about)
-    make_rollouts(3).save(run_folder/"acted"/"bc+kalm"/"easy"/"rollouts.npz"); make_rollouts(3).save(run_folder/"acted"/"bc"/"easy"/"rollouts.npz"); call(tool_, run_folder, "--out", tmp_path/"results")
-    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv"] and (tmp_path/"results"/"smoke.csv").read_bytes() == (run_folder/"results.csv").read_bytes() and "2 rows, 1 files" in capsys.readouterr().out
+def test_publishing_copies_whole_runs_only(run_folder, call, capsys, tmp_path):
+    tool_, p = tool("publish"), pipeline.PRESETS["smoke"]; config = load_json(run_folder/"config.json")["config"]; work = pipeline.rows_of(p, run_folder)
+    def write(rows, config=config):
+        for method, level, seed, step, _ in rows: write_result(run_folder/"results.csv", preset="smoke", backend="-", config=config, method=method, level=level, seed=seed, step=step, episodes=12, successes=5, commit="")
+    with pytest.raises(SystemExit, match=f"lacks {len(work)} rows.*kalm evaluate"): call(tool_, run_folder, "--out", tmp_path/"results")
+    write(work[1:]); write(work[:1], config="another")
+    with pytest.raises(SystemExit, match="lacks 1 rows"): call(tool_, run_folder, "--out", tmp_path/"results")
+    write(work[:1])
+    for method in ("bc+kalm", "bc"): make_rollouts(3).save(run_folder/"acted"/method/"easy"/"rollouts.npz")
+    call(tool_, run_folder, "--out", tmp_path/"results"); assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv"]
+    rows = read_csv(tmp_path/"results"/"smoke.csv"); assert len(rows) == len(work) and {r["config"] for r in rows} == {config} and f"{len(work)} rows, 1 files" in capsys.readouterr().out

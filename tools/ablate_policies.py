@@ -3,11 +3,12 @@
     kalm run --preset quick --out runs/quick
     python tools/ablate_policies.py [--run runs/quick] [--steps 20000] [--episodes 1000] [--only base greedy ...]
 
-Every variant differs from the run's own settings in one respect, and learns from the run's real and imagined rollouts with as many gradient steps, all seeds side by side.
+Every variant differs from the run's own settings in one respect (`paper` and `paper_cql` in all that we do otherwise), and learns from the run's real and imagined rollouts with as many gradient steps, all seeds side by side.
 Rows already in the file are kept, so it can be stopped and continued. `--list` shows the variants.
 """
 import argparse
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from kalm.evaluate import evaluate
 from kalm.generation import GoalReader, generate, likelihood, round_trip, understand
 from kalm.goals import LEVELS, goal_set, load_goals
 from kalm.offline import BC, InverseDynamics, Replay, SentenceEncoder, Whitening, hindsight
-from kalm.pipeline import PRESETS, ends
+from kalm.pipeline import PRESETS, commit, ends
 
 
 class Gist:
@@ -38,7 +39,9 @@ class Gist:
 class Data:
     "What a run left, and what is made of it once for all variants."
     def __init__(self, run: Path):
-        self.run, self.preset = run, PRESETS[load_json(run/"config.json")["settings"]["name"]]; p = self.preset
+        config = load_json(run/"config.json"); old = config["settings"]; self.run, self.config = run, config["config"]
+        p = self.preset = replace(PRESETS[old["name"]], seed=old["seed"]); now = json.loads(json.dumps(asdict(p)))
+        if differ := [k for k in now if k != "ground" and now[k] != old.get(k)]: raise SystemExit(f"{run} was made with other settings than today's preset {p.name} ({', '.join(differ)}): make it anew")
         self.real, self.goals = Rollouts.load(run/"data"/"rollouts.npz")[:p.rl_rollouts], load_goals(run/"data"/"goals.json")
         self.imagined = {l: (Rollouts.load(run/"imagined"/l/"rollouts.npz"), load_goals(run/"imagined"/l/"goals.json")) for l in p.imagined}
     @cached_property
@@ -63,7 +66,7 @@ class Variant:
     hindsight: bool = True
     within: bool = True
     symmetric: bool = True
-    whitening: float = .5
+    whitening: float | None = .5
     share: float = .5            # of a batch that is imagined
     part: float = 1.             # of the imagined rollouts that are there
     wordings: int = 0            # sentences of each goal of *rephrase* that are imagined, 0 all
@@ -76,8 +79,8 @@ class Variant:
 def variants(p) -> dict[str, Variant]:
     bc, cql = p.bc, p.cql
     return dict(base=Variant(), cql=Variant(cql), greedy=Variant(replace(bc, temperature=0.)), cql_greedy=Variant(replace(cql, temperature=0.)), beta=Variant(replace(bc, beta=.5, temperature=.2)),
-                paper=Variant(BC(), hindsight=False, within=False, symmetric=False, whitening=0.), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), hindsight=False, within=False, symmetric=False, whitening=0.),
-                no_hindsight=Variant(hindsight=False), no_within=Variant(within=False), no_symmetric=Variant(symmetric=False), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
+                paper=Variant(BC(), hindsight=False, within=False, symmetric=False, whitening=None), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), hindsight=False, within=False, symmetric=False, whitening=None),
+                no_hindsight=Variant(hindsight=False), no_within=Variant(within=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
                 apart=Variant(apart=True, alone=False), share_25=Variant(share=.25, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
                 half=Variant(part=.5, alone=False), quarter=Variant(part=.25, alone=False), wordings_1=Variant(wordings=1, alone=False), wordings_3=Variant(wordings=3, alone=False), inverse=Variant(inverse=True, alone=False),
                 round_trip=Variant(trust="round_trip", alone=False), likelihood=Variant(trust="likelihood", alone=False), agreement=Variant(trust="agreement", alone=False),
@@ -87,13 +90,14 @@ def variants(p) -> dict[str, Variant]:
 def real_part(d: Data, v: Variant) -> tuple:
     p, r = d.preset, d.real
     if v.hindsight: r = hindsight(r, d.goals, p.hindsight, p.seed, p.within if v.within else None)
+    elif v.within: n = np.maximum(0, r.lengths - p.within); r = r.pieces(np.arange(len(r)), n, r.lengths)   # as meant, but only how they ended
     return (symmetric(r, d.goals, p.symmetric, p.seed) if v.symmetric else r), d.goals
 
 def imagined_part(d: Data, v: Variant, level: str) -> tuple[tuple, np.ndarray | None]:
     "Rollouts and goals of a level, and their weights."
     (r, goals), p = d.imagined[level], d.preset; won = np.flatnonzero(r.terminated); weights = d.trust[level][v.trust] if v.trust else None
     if v.inverse: r = d.inverse.relabel(r)
-    r = ends(r, p.within if v.within else p.imagine_steps) if v.within or v.hindsight else r
+    if v.within or v.hindsight or weights is not None: r = ends(r, p.within if v.within else p.imagine_steps)   # those that met their goal
     keep = np.ones(len(r), bool)
     if v.part < 1: keep = numpy_rng(0, "part", level).random(len(r)) < v.part
     if v.wordings and level == "rephrase":
@@ -114,7 +118,7 @@ def main():
     d = Data(a.run); every = variants(d.preset)
     if a.list: print("\n".join(f"{n}: {v}" for n, v in every.items())); return
     if unknown := set(a.only or ()) - set(every): p.error(f"unknown variants {sorted(unknown)}: one of {', '.join(every)}")
-    torch.set_num_threads(1); sim = Simulator(); key = dict(preset=d.preset.name, steps=a.steps, episodes=a.episodes)
+    torch.set_num_threads(1); sim = Simulator(); key = dict(preset=d.preset.name, config=d.config, steps=a.steps, episodes=a.episodes)
     done = {(r["variant"], r["method"], r["level"], r["seed"]) for r in read_csv(a.results) if all(r[k] == str(v) for k, v in key.items())}
     for name in a.only or every:
         v = every[name]; algorithm = v.algorithm or d.preset.bc; encoder = encoder_of(d, v); levels = list(d.imagined)
@@ -123,15 +127,15 @@ def main():
             method = algorithm.name + suffix; judged = [l for l in LEVELS if not v.apart or l in novel]
             if all((name, method, l, str(s)) in done for l in judged for s in range(a.seeds)): continue
             extra = [imagined_part(d, v, l) for l in novel]
-            white = Whitening.fit(encoder.encode([g.text for l in ("offline", *levels) for g in goal_set(l)]), v.whitening) if v.whitening else None
+            white = Whitening.fit(encoder.encode([g.text for l in ("offline", *levels) for g in goal_set(l)]), v.whitening) if v.whitening is not None else None
             replay = Replay([real_part(d, v), *(e[0] for e in extra)], encoder=encoder, share=v.share if novel else .5, weights=[None, *(e[1] for e in extra)], whitening=white)
             policies = algorithm.fit(replay, steps=a.steps, seed=list(range(a.seeds)))
             for level in judged:
                 rates = []
                 for seed, policy in enumerate(policies):
                     if (name, method, level, str(seed)) in done: continue
-                    e = evaluate(policy, goal_set(level), episodes=a.episodes, seed=seed, sim=sim, encoder=encoder); rates.append(e.rate)
-                    append_csv(a.results, key | dict(variant=name, method=method, level=level, seed=seed, successes=e.successes, imagined=replay.n_imagined, real=replay.n_real))
+                    e = evaluate(replace(policy), goal_set(level), episodes=a.episodes, seed=seed, sim=sim, encoder=encoder); rates.append(e.rate)
+                    append_csv(a.results, key | dict(commit=commit(), backend=d.preset.ground.backbone, variant=name, method=method, level=level, seed=seed, successes=e.successes, imagined=replay.n_imagined, real=replay.n_real))
                 print(name, method, level, np.round(100 * np.array(rates), 1), flush=True)
 
 if __name__ == "__main__": main()
