@@ -54,12 +54,13 @@ class Preset:
     hindsight: int = 0                       # pieces cut out of the real rollouts for the offline goals they fulfil; 0 takes the rollouts as they are
     within: int | None = None                # last steps kept of each piece, and of each imagined rollout that met its goal
     symmetric: int = 0                       # copies of those in other colours and mirrored; 0 makes none
+    share: float = .5                        # of a batch that is imagined, where anything is
     whitening: float = 0.                    # of sentence encodings, see `kalm.offline.Whitening`
     baselines: tuple[str, ...] = ()          # "oracle": expert rollouts in place of imagined ones; "lm": the grounded model as the policy; "dt": the backbone grounded as a policy alone
 
 _OURS = GroundConfig(steps=2200, batch_tokens=1024, max_length=12, compose=.1, idle_credit=.1, text_weight=3., key_weight=4., mix=(1., .3, .4, .05, .3, .3, .05), share=6, lr=1.5e-3, head_lr=1.5e-3, log_every=10, checkpoint_every=100)  # hours on two cores
 _TINY = GroundConfig(backbone=TINY_BACKBONE, adapter=Adapter(rank=4), steps=6, batch_tokens=512, checkpoint_every=3, log_every=2, bf16=False)
-_LEARN = dict(hindsight=100_000, within=4, symmetric=400_000, whitening=.5, bc=BC(beta=0., temperature=1.), cql=CQL(lr=1e-3, target_every=1000, temperature=1.))   # where we leave the paper's offline RL
+_LEARN = dict(hindsight=100_000, within=4, symmetric=400_000, share=.25, whitening=.5, bc=BC(beta=0., temperature=1.), cql=CQL(lr=1e-3, target_every=1000, temperature=1.))   # where we leave the paper's offline RL
 PRESETS = {p.name: p for p in (
     Preset("smoke", rollouts=80, rl_rollouts=80, ground=_TINY, shipped=False, imagined=dict(rephrase=8, easy=8, hard=8), imagine_steps=4, together=True, tries=(("easy", 2),), parts=("hard",),
            steps=dict(bc=60, cql=60), seeds=1, episodes=12, checkpoints=2, hindsight=200, within=4, symmetric=400, whitening=.5, baselines=("oracle", "lm", "dt")),
@@ -307,7 +308,7 @@ def train_one(out: str, p: Preset, job: tuple[str, str], # algorithm, mix
     steps = p.steps[algorithm]; every = max(1, steps // 10)
     def keep(policies: list[Policy], step: int):
         for seed, policy in zip(seeds_of(p), policies if step > steps - p.checkpoints * every else ()): policy.save(home_of(out, algorithm, mix, seed)/f"step-{step}")
-    buffer = Replay(parts_of(out, p, mix), encoder=SentenceEncoder(), device=device(), whitening=whitening_of(p)); minutes = None if until is None else max(0., until - time.time()) / 60
+    buffer = Replay(parts_of(out, p, mix), encoder=SentenceEncoder(), device=device(), share=p.share, whitening=whitening_of(p)); minutes = None if until is None else max(0., until - time.time()) / 60
     policies = getattr(p, algorithm).fit(buffer, steps=steps, seed=seeds_of(p), out=out/"policies"/f"{algorithm}-{mix}", max_minutes=minutes, callback=keep,
                                          callback_every=every, log_every=max(1, steps // 50), checkpoint_every=max(1, steps // 20))
     return policies[0].step

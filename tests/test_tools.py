@@ -82,7 +82,7 @@ def run_folder(tmp_path_factory):
 
 def test_policy_variants_change_one_thing(run_folder, lively, monkeypatch):
     tool_ = tool("ablate_policies"); d = tool_.Data(run_folder); d.lm = lively; every = tool_.variants(d.preset); base = tool_.Variant(); won = {l: int(r.terminated.sum()) for l, (r, _) in d.imagined.items()}; assert every["base"] == base
-    for name, v in every.items(): changed = [k for k in vars(base) if k != "alone" and getattr(v, k) != getattr(base, k)]; assert len(changed) == (0 if name == "base" else 5 if name.startswith("paper") else 1), name
+    for name, v in every.items(): changed = [k for k in vars(base) if k != "alone" and getattr(v, k) != getattr(base, k)]; assert len(changed) == (0 if name == "base" else 6 if name.startswith("paper") else 1), name
     p, (r, _) = d.preset, tool_.real_part(d, base); assert len(r) == p.symmetric and r.lengths.max() <= p.within and len(tool_.real_part(d, every["no_symmetric"])[0]) == p.hindsight and tool_.real_part(d, every["paper"])[0] is d.real
     assert tool_.real_part(d, every["no_within"])[0].lengths.max() > p.within
     for level in d.imagined:
@@ -111,5 +111,6 @@ def test_publishing_copies_whole_runs_only(run_folder, call, capsys, tmp_path):
     with pytest.raises(SystemExit, match="lacks 1 rows"): call(tool_, run_folder, "--out", tmp_path/"results")
     write(work[:1])
     for method in ("bc+kalm", "bc"): make_rollouts(3).save(run_folder/"acted"/method/"easy"/"rollouts.npz")
-    call(tool_, run_folder, "--out", tmp_path/"results"); assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv"]
+    call(tool_, run_folder, "--out", tmp_path/"results"); assert "0 files" in capsys.readouterr().out and [f.name for f in tmp_path.rglob("*.*")] == ["smoke.csv"]
+    call(tool_, run_folder, "--out", tmp_path/"results", "--front", "smoke", "--image", tmp_path/"s.png"); assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv", "s.png"]
     rows = read_csv(tmp_path/"results"/"smoke.csv"); assert len(rows) == len(work) and {r["config"] for r in rows} == {config} and f"{len(work)} rows, 1 files" in capsys.readouterr().out

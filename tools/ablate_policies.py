@@ -67,7 +67,7 @@ class Variant:
     within: bool = True
     symmetric: bool = True
     whitening: float | None = .5
-    share: float = .5            # of a batch that is imagined
+    share: float | None = None   # of a batch that is imagined, if not the run's
     part: float = 1.             # of the imagined rollouts that are there
     wordings: int = 0            # sentences of each goal of *rephrase* that are imagined, 0 all
     inverse: bool = False        # actions of imagined rollouts inferred from their states
@@ -79,9 +79,9 @@ class Variant:
 def variants(p) -> dict[str, Variant]:
     bc, cql = p.bc, p.cql
     return dict(base=Variant(), cql=Variant(cql), greedy=Variant(replace(bc, temperature=0.)), cql_greedy=Variant(replace(cql, temperature=0.)), beta=Variant(replace(bc, beta=.5, temperature=.2)),
-                paper=Variant(BC(), hindsight=False, within=False, symmetric=False, whitening=None), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), hindsight=False, within=False, symmetric=False, whitening=None),
+                paper=Variant(BC(), hindsight=False, within=False, symmetric=False, whitening=None, share=.5), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), hindsight=False, within=False, symmetric=False, whitening=None, share=.5),
                 no_hindsight=Variant(hindsight=False), no_within=Variant(within=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
-                apart=Variant(apart=True, alone=False), share_25=Variant(share=.25, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
+                apart=Variant(apart=True, alone=False), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
                 half=Variant(part=.5, alone=False), quarter=Variant(part=.25, alone=False), wordings_1=Variant(wordings=1, alone=False), wordings_3=Variant(wordings=3, alone=False), inverse=Variant(inverse=True, alone=False),
                 round_trip=Variant(trust="round_trip", alone=False), likelihood=Variant(trust="likelihood", alone=False), agreement=Variant(trust="agreement", alone=False),
                 doubtful=Variant(replace(cql, alpha_imagined=2 * cql.alpha), alone=False), trusting=Variant(replace(cql, alpha_imagined=cql.alpha / 2), alone=False), reader=Variant(encoder="reader"), gist=Variant(encoder="gist"))
@@ -128,7 +128,7 @@ def main():
             if all((name, method, l, str(s)) in done for l in judged for s in range(a.seeds)): continue
             extra = [imagined_part(d, v, l) for l in novel]
             white = Whitening.fit(encoder.encode([g.text for l in ("offline", *levels) for g in goal_set(l)]), v.whitening) if v.whitening is not None else None
-            replay = Replay([real_part(d, v), *(e[0] for e in extra)], encoder=encoder, share=v.share if novel else .5, weights=[None, *(e[1] for e in extra)], whitening=white)
+            replay = Replay([real_part(d, v), *(e[0] for e in extra)], encoder=encoder, share=d.preset.share if v.share is None else v.share, weights=[None, *(e[1] for e in extra)], whitening=white)
             policies = algorithm.fit(replay, steps=a.steps, seed=list(range(a.seeds)))
             for level in judged:
                 rates = []
