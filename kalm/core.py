@@ -15,7 +15,7 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['STATE_DIM', 'N_ACTIONS', 'REAL', 'IMAGINED', 'SOURCES', 'Rollout', 'Rollouts', 'from_list', 'concat', 'transitions',
-           'pieces', 'numpy_rng', 'torch_rng', 'fast_dtype', 'atomic_write', 'sha256', 'save_json', 'load_json',
+           'pieces', 'last', 'numpy_rng', 'torch_rng', 'fast_dtype', 'atomic_write', 'sha256', 'save_json', 'load_json',
            'save_tensors', 'load_tensors', 'check_sha256', 'save', 'load', 'append_csv', 'read_csv', 'cache_dir',
            'fetch_wheel']
 
@@ -153,6 +153,11 @@ def pieces(self: Rollouts, rows: np.ndarray, low: np.ndarray, high: np.ndarray) 
     return Rollouts(np.where(on[..., None], self.states[b, s], 0), np.where(on[:, 1:], self.actions[b, a], -1), np.where(on[:, 1:], self.rewards[b, a], 0), steps,
                     terminated=self.terminated[rows] & (high == end), truncated=self.truncated[rows] & (high == end), goal=self.goal[rows], source=self.source[rows])
 Rollouts.pieces = pieces
+
+def last(self: Rollouts, n: int) -> Rollouts:
+    "The last `n` steps of each rollout, all of shorter ones."
+    return self.pieces(np.arange(len(self)), np.maximum(0, self.lengths - n), self.lengths)
+Rollouts.last = last
 
 # %% ../nbs/00_core.ipynb #f2f09ef5
 def _repr_markdown_(self: Rollouts) -> str:

@@ -20,13 +20,13 @@ from .embeddings import TINY_BACKBONE, Adapter, KalmLM
 from .generation import describe, explain, generate, imagine_by_parts, imagine_trusted, judge_explanations, matches, quality, repair_unreal, round_trip, same_place, understand, verdict
 from .goals import LEVELS, goal_set, load_goals, motions, save_goals, success_rows
 from .grounding import GroundConfig, ground
-from .offline import BC, Policy, Replay, SentenceEncoder, Whitening, hindsight, load_policy
+from .offline import BC, Policy, Replay, SentenceEncoder, Whitening, load_policy
 
 # %% auto #0
 __all__ = ['PRESETS', 'SHARD', 'UNSEEN_PROMPT', 'ACTED', 'STAGES', 'Preset', 'Stopped', 'Run', 'commit', 'versions', 'machine',
            'device', 'collect_stage', 'need', 'real_data', 'ground_stage', 'grounded_lm', 'imagine_stage', 'dream',
-           'assess', 'assess_explanations', 'jobs', 'seeds_of', 'home_of', 'parts_of', 'ends', 'whitening_of',
-           'train_one', 'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'rows_of', 'judge', 'evaluate_lm',
+           'assess', 'assess_explanations', 'jobs', 'seeds_of', 'home_of', 'parts_of', 'whitening_of', 'train_one',
+           'train_stage', 'method_of', 'levels_of', 'evaluate_stage', 'rows_of', 'judge', 'evaluate_lm',
            'figures_stage', 'run_stages', 'parser', 'configure', 'main']
 
 # %% ../nbs/11_pipeline.ipynb #2cbe4f16
@@ -51,8 +51,7 @@ class Preset:
     policy: str = "medium"                   # behaviour policy of the real rollouts
     checkpoints: int = 1                     # how many of the last tenths of training are evaluated; the last five count in tables
     seed: int = 0
-    hindsight: int = 0                       # pieces cut out of the real rollouts for the offline goals they fulfil; 0 takes the rollouts as they are
-    within: int | None = None                # last steps kept of each piece, and of each imagined rollout that met its goal
+    within: int | None = None                # last steps kept of each real rollout; None keeps all
     symmetric: int = 0                       # copies of those in other colours and mirrored; 0 makes none
     share: float = .5                        # of a batch that is imagined, where anything is
     whitening: float = 0.                    # of sentence encodings, see `kalm.offline.Whitening`
@@ -60,10 +59,10 @@ class Preset:
 
 _OURS = GroundConfig(steps=2200, batch_tokens=1024, max_length=12, compose=.1, idle_credit=.1, text_weight=3., key_weight=4., mix=(1., .3, .4, .05, .3, .3, .05), share=6, lr=1.5e-3, head_lr=1.5e-3, log_every=10, checkpoint_every=100)  # hours on two cores
 _TINY = GroundConfig(backbone=TINY_BACKBONE, adapter=Adapter(rank=4), steps=6, batch_tokens=512, checkpoint_every=3, log_every=2, bf16=False)
-_LEARN = dict(hindsight=100_000, within=4, symmetric=400_000, share=.25, whitening=.5, bc=BC(beta=0., temperature=1.), cql=CQL(lr=1e-3, target_every=1000, temperature=1.))   # where we leave the paper's offline RL
+_LEARN = dict(within=2, symmetric=400_000, share=.25, whitening=.5, bc=BC(beta=0., temperature=1.), cql=CQL(lr=1e-3, target_every=1000, temperature=1.))   # where we leave the paper's offline RL
 PRESETS = {p.name: p for p in (
     Preset("smoke", rollouts=80, rl_rollouts=80, ground=_TINY, shipped=False, imagined=dict(rephrase=8, easy=8, hard=8), imagine_steps=4, together=True, tries=(("easy", 2),), parts=("hard",),
-           steps=dict(bc=60, cql=60), seeds=1, episodes=12, checkpoints=2, hindsight=200, within=4, symmetric=400, whitening=.5, baselines=("oracle", "lm", "dt")),
+           steps=dict(bc=60, cql=60), seeds=1, episodes=12, checkpoints=2, within=2, symmetric=400, share=.25, whitening=.5, baselines=("oracle", "lm", "dt")),
     Preset("quick", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
            imagined=dict(rephrase=2400, easy=2000, hard=1000), imagine_steps=20, together=True, steps=dict(bc=20_000, cql=20_000), seeds=3, episodes=350,
            tries=(("easy", 8),), parts=("hard",), **_LEARN),
@@ -281,19 +280,14 @@ def home_of(out: Path, algorithm: str, mix: str, seed: int) -> Path:
 def parts_of(out: Path, p: Preset, mix: str) -> list:
     "Rollouts and goals that a policy of `mix` learns from."
     real, goals = Rollouts.load(out/"data"/"rollouts.npz")[:p.rl_rollouts], load_goals(out/"data"/"goals.json")
-    if p.hindsight: real = hindsight(real, goals, p.hindsight, p.seed, p.within)
+    if p.within is not None: real = real.last(p.within)
     if p.symmetric:
         from kalm.data import symmetric
         real = symmetric(real, goals, p.symmetric, p.seed)
     folder, novel = ("oracle" if mix.startswith("oracle_") else "imagined"), mix.removeprefix("oracle_")
-    return [(real, goals)] + [(ends(Rollouts.load(out/folder/level/"rollouts.npz"), p.within, folder), load_goals(out/folder/level/"goals.json"))
-                              for level in p.imagined if novel in ("all", level)]
-
-def ends(r: Rollouts, within: int | None, kind: str = "imagined") -> Rollouts:
-    "Of novel rollouts what is learned from: all of the imagined ones, of an expert's (`oracle`) those that met their goal; if `within` is given so many last steps of those that did. An expert's take the place of imagined ones in every batch too."
-    won = np.flatnonzero(r.terminated); r = replace(r, source=np.full(len(r), IMAGINED))
-    if within is not None: return r.pieces(won, np.maximum(0, r.lengths[won] - within), r.lengths[won])
-    return r if kind == "imagined" else r[won]
+    extra = [(Rollouts.load(out/folder/level/"rollouts.npz"), load_goals(out/folder/level/"goals.json")) for level in p.imagined if novel in ("all", level)]
+    if folder == "oracle": extra = [(replace(r[np.flatnonzero(r.terminated)], source=np.full(int(r.terminated.sum()), IMAGINED)), g) for r, g in extra]   # an expert's successes take the place of imagined rollouts
+    return [(real, goals), *extra]
 
 def whitening_of(p: Preset) -> Whitening | None:
     "One for all policies, with and without imagination: from the sentences of the taught and of the novel goals, no rollouts."

@@ -106,6 +106,7 @@ def test_pieces_are_parts_of_rollouts():
         assert (one.goal, one.source) == (r.goal[b], r.source[b]) and (one.terminated, one.truncated) == ((r.terminated[b], r.truncated[b]) if j == r.lengths[b] else (False, False))
     whole = r.pieces(np.arange(12), np.zeros(12), r.lengths); assert all(np.array_equal(getattr(whole, k), getattr(r, k)) for k in ("states", "actions", "rewards", "lengths", "terminated", "truncated"))
     assert len(r.pieces([], [], [])) == 0
+    end = r.last(2); assert np.array_equal(end.lengths, np.minimum(2, r.lengths)) and all(np.array_equal(e.states[-1], o.states[-1]) for e, o in zip(end, r)) and np.array_equal(end.terminated, r.terminated)
     for low, high in ((-1, 1), (2, 1), (0, 99)):
         with pytest.raises(ValueError, match="beyond its rollout"): r.pieces([0], [low], [high])
 

@@ -82,14 +82,14 @@ def run_folder(tmp_path_factory):
 
 def test_policy_variants_change_one_thing(run_folder, lively, monkeypatch):
     tool_ = tool("ablate_policies"); d = tool_.Data(run_folder); d.lm = lively; every = tool_.variants(d.preset); base = tool_.Variant(); won = {l: int(r.terminated.sum()) for l, (r, _) in d.imagined.items()}; assert every["base"] == base
-    for name, v in every.items(): changed = [k for k in vars(base) if k != "alone" and getattr(v, k) != getattr(base, k)]; assert len(changed) == (0 if name == "base" else 6 if name.startswith("paper") else 1), name
-    p, (r, _) = d.preset, tool_.real_part(d, base); assert len(r) == p.symmetric and r.lengths.max() <= p.within and len(tool_.real_part(d, every["no_symmetric"])[0]) == p.hindsight and tool_.real_part(d, every["paper"])[0] is d.real
-    assert tool_.real_part(d, every["no_within"])[0].lengths.max() > p.within
+    for name, v in every.items(): changed = [k for k in vars(base) if k != "alone" and getattr(v, k) != getattr(base, k)]; assert len(changed) == (0 if name == "base" else 5 if name.startswith("paper") else 1), name
+    p, (r, _) = d.preset, tool_.real_part(d, base); assert (base.within, base.whitening) == (p.within, p.whitening) and len(r) == p.symmetric and r.lengths.max() <= p.within and len(tool_.real_part(d, every["no_symmetric"])[0]) == p.rl_rollouts and tool_.real_part(d, every["paper"])[0] is d.real
+    assert tool_.real_part(d, every["within_all"])[0].lengths.max() > p.within; monkeypatch.setattr(tool_, "PIECES", 50); assert len(tool_.real_part(d, replace(every["hindsight"], symmetric=False))[0]) == 50
     for level in d.imagined:
-        (r, goals), weights = tool_.imagined_part(d, base, level); assert len(r) == won[level] and weights is None and r.terminated.all() and r.lengths.max() <= p.within
-        assert .2 < len(tool_.imagined_part(d, every["half"], level)[0][0]) / won[level] < .8 and len(tool_.imagined_part(d, every["paper"], level)[0][0]) == 48
+        (r, goals), weights = tool_.imagined_part(d, base, level); n = len(r); assert r is not None and n == len(d.imagined[level][0]) and weights is None; short = tool_.imagined_part(d, every["imagined_4"], level)[0][0]; assert len(short) == won[level] and short.terminated.all() and short.lengths.max() <= 4
+        assert .2 < len(tool_.imagined_part(d, every["half"], level)[0][0]) / n < .8 and len(tool_.imagined_part(d, every["paper"], level)[0][0]) == 48
         inferred = tool_.imagined_part(d, every["inverse"], level)[0][0]; assert inferred.states.shape == r.states.shape and not np.array_equal(inferred.actions, r.actions)
-        for trust in ("round_trip", "likelihood", "agreement"): w = tool_.imagined_part(d, every[trust], level)[1]; assert len(w) == won[level] and (w >= 0).all() and w.mean() == pytest.approx(1)
+        for trust in ("round_trip", "likelihood", "agreement"): w = tool_.imagined_part(d, every[trust], level)[1]; assert len(w) == n and (w >= 0).all() and w.mean() == pytest.approx(1)
     (r, goals), _ = tool_.imagined_part(d, every["wordings_1"], "rephrase"); used = [goals[i] for i in np.unique(r.goal)]; assert len({g.gist for g in used}) == len(used) < len({goals[i].text for i in d.imagined["rephrase"][0].goal})
 
 def test_policy_ablations_write_rows_once(run_folder, call, capsys, tmp_path, monkeypatch):

@@ -24,7 +24,9 @@ from kalm.evaluate import evaluate
 from kalm.generation import GoalReader, generate, likelihood, round_trip, understand
 from kalm.goals import LEVELS, goal_set, load_goals
 from kalm.offline import BC, InverseDynamics, Replay, SentenceEncoder, Whitening, hindsight
-from kalm.pipeline import PRESETS, commit, ends
+from kalm.pipeline import PRESETS, commit
+
+PIECES = 100_000   # of real rollouts, in hindsight
 
 
 class Gist:
@@ -50,10 +52,10 @@ class Data:
     def inverse(self) -> InverseDynamics: return InverseDynamics(self.real)
     @cached_property
     def trust(self) -> dict[str, dict[str, np.ndarray]]:
-        "For each level and measure of confidence a weight for each imagined rollout that met its goal, 1 on average."
+        "For each level and measure of confidence a weight for each imagined rollout, 1 on average."
         out = {}
         for level, (r, goals) in self.imagined.items():
-            r = r[np.flatnonzero(r.terminated)]; again = generate(self.lm, goals, r.states[:, 0], r.goal, max_steps=1, temperature=1., seed=1)
+            again = generate(self.lm, goals, r.states[:, 0], r.goal, max_steps=1, temperature=1., seed=1)
             same = again.actions[:, 0] // 8 == r.actions[:, 0] // 8                  # does a second imagination begin with the same ball?
             out[level] = {k: w / max(w.mean(), 1e-6) for k, w in dict(round_trip=np.where(round_trip(self.lm, r, goals)[0], 1., .2), likelihood=np.exp(likelihood(self.lm, r, goals)), agreement=np.where(same, 1., .2)).items()}
         return out
@@ -63,8 +65,9 @@ class Data:
 class Variant:
     "How a policy is made; the defaults are those of the run."
     algorithm: object = None
-    hindsight: bool = True
-    within: bool = True
+    hindsight: bool = False      # pieces of real rollouts as if meant for what they did on the way
+    within: int | None = 2       # last steps kept of each real rollout
+    imagined: int | None = None  # and of each imagined one that met its goal; None keeps all of them whole
     symmetric: bool = True
     whitening: float | None = .5
     share: float | None = None   # of a batch that is imagined, if not the run's
@@ -79,8 +82,8 @@ class Variant:
 def variants(p) -> dict[str, Variant]:
     bc, cql = p.bc, p.cql
     return dict(base=Variant(), cql=Variant(cql), greedy=Variant(replace(bc, temperature=0.)), cql_greedy=Variant(replace(cql, temperature=0.)), beta=Variant(replace(bc, beta=.5, temperature=.2)),
-                paper=Variant(BC(), hindsight=False, within=False, symmetric=False, whitening=None, share=.5), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), hindsight=False, within=False, symmetric=False, whitening=None, share=.5),
-                no_hindsight=Variant(hindsight=False), no_within=Variant(within=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
+                paper=Variant(BC(), within=None, symmetric=False, whitening=None, share=.5), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), within=None, symmetric=False, whitening=None, share=.5),
+                hindsight=Variant(hindsight=True), within_1=Variant(within=1), within_4=Variant(within=4), within_all=Variant(within=None), imagined_4=Variant(imagined=4, alone=False), imagined_won=Variant(imagined=50, alone=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
                 apart=Variant(apart=True, alone=False), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
                 half=Variant(part=.5, alone=False), quarter=Variant(part=.25, alone=False), wordings_1=Variant(wordings=1, alone=False), wordings_3=Variant(wordings=3, alone=False), inverse=Variant(inverse=True, alone=False),
                 round_trip=Variant(trust="round_trip", alone=False), likelihood=Variant(trust="likelihood", alone=False), agreement=Variant(trust="agreement", alone=False),
@@ -89,22 +92,22 @@ def variants(p) -> dict[str, Variant]:
 
 def real_part(d: Data, v: Variant) -> tuple:
     p, r = d.preset, d.real
-    if v.hindsight: r = hindsight(r, d.goals, p.hindsight, p.seed, p.within if v.within else None)
-    elif v.within: n = np.maximum(0, r.lengths - p.within); r = r.pieces(np.arange(len(r)), n, r.lengths)   # as meant, but only how they ended
+    if v.hindsight: r = hindsight(r, d.goals, PIECES, p.seed, v.within)
+    elif v.within: r = r.last(v.within)
     return (symmetric(r, d.goals, p.symmetric, p.seed) if v.symmetric else r), d.goals
 
 def imagined_part(d: Data, v: Variant, level: str) -> tuple[tuple, np.ndarray | None]:
     "Rollouts and goals of a level, and their weights."
-    (r, goals), p = d.imagined[level], d.preset; won = np.flatnonzero(r.terminated); weights = d.trust[level][v.trust] if v.trust else None
+    (r, goals), weights = d.imagined[level], d.trust[level][v.trust] if v.trust else None
     if v.inverse: r = d.inverse.relabel(r)
-    if v.within or v.hindsight or weights is not None: r = ends(r, p.within if v.within else p.imagine_steps)   # those that met their goal
+    if v.imagined: r = r[np.flatnonzero(r.terminated)].last(v.imagined)
     keep = np.ones(len(r), bool)
     if v.part < 1: keep = numpy_rng(0, "part", level).random(len(r)) < v.part
     if v.wordings and level == "rephrase":
         place, seen = {}, {}
         for i, g in enumerate(goals): place[i] = seen.get(g.gist, 0); seen[g.gist] = place[i] + 1
         keep &= np.array([place[i] < v.wordings for i in r.goal])
-    assert weights is None or len(weights) == len(r) == len(won)
+    assert weights is None or len(weights) == len(r)
     return (r[keep], goals), None if weights is None else weights[keep]
 
 def encoder_of(d: Data, v: Variant): return {"": SentenceEncoder, "reader": lambda: GoalReader(d.lm), "gist": lambda: Gist(d.lm)}[v.encoder]()
