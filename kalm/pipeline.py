@@ -69,7 +69,7 @@ PRESETS = {p.name: p for p in (
     Preset("checkpoint", rollouts=100_000, rl_rollouts=6400, ground=replace(_OURS, steps=4800), shipped=False,
            imagined=dict(rephrase=2400, easy=2000, hard=1000), imagine_steps=50, together=True, steps=dict(bc=20_000, cql=20_000), seeds=3, episodes=350, seed=1, tries=(("easy", 8),), parts=("hard",), **_LEARN),
     Preset("best", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
-           imagined=dict(rephrase=5600, easy=7200, hard=6720), imagine_steps=50, together=True, steps=dict(bc=100_000, cql=200_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt"), **_LEARN),
+           imagined=dict(rephrase=5600, easy=7200, hard=6720), imagine_steps=20, together=True, steps=dict(bc=50_000, cql=50_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt"), **_LEARN),
     Preset("night", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
            imagined=dict(rephrase=5600, easy=7200, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",)),
     Preset("paper", rollouts=100_000, rl_rollouts=6400, ground=replace(_OURS, steps=1200, batch_tokens=65_536, checkpoint_every=50), shipped=False,
@@ -363,11 +363,10 @@ def evaluate_stage(run: Run) -> None:
 def rows_of(p: Preset, out: Path) -> list[tuple[str, str, int, int, str]]:
     "Method, level, seed and step of every row that a whole `results.csv` has, and the policy's folder (empty for methods without one)."
     rows = [(name, level, p.seed, 0, "") for name in ("random", "expert") for level in LEVELS]
-    for algorithm, mix, seed in ((a, m, s) for s in seeds_of(p) for a, m in jobs(p)):
-        steps = p.steps[algorithm]; every = max(1, steps // 10)
-        for step in range(steps - (p.checkpoints - 1) * every, steps + 1, every):
-            rows += [(method_of(algorithm, mix), level, seed, step, str(home_of(out, algorithm, mix, seed)/f"step-{step}")) for level in levels_of(p, mix)]
-    return rows + [(name, level, seed, 0, "") for name in ("lm", "dt") if name in p.baselines for level in LEVELS for seed in seeds_of(p)]
+    for k, seed, (algorithm, mix) in ((k, s, job) for k in range(p.checkpoints) for s in seeds_of(p) for job in jobs(p)):   # the last checkpoints first: a table is soon whole
+        step = p.steps[algorithm] - k * max(1, p.steps[algorithm] // 10)
+        rows += [(method_of(algorithm, mix), level, seed, step, str(home_of(out, algorithm, mix, seed)/f"step-{step}")) for level in levels_of(p, mix)]
+    return rows + [(name, level, p.seed, 0, "") for name in ("lm", "dt") if name in p.baselines for level in LEVELS]
 
 def _judged(run: Run, todo: list):
     "Each piece of work with its `Evaluation` as it is done: policies in several processes, language models here."
