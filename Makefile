@@ -33,11 +33,9 @@ export: install  ## write kalm/*.py and README.md from the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py
 
-results:  ## keep the numbers and pictures of runs/quick for README and notebooks
-	@mkdir -p results nbs/images
-	cp $(OUT)/results.csv results/quick.csv
-	cp $(OUT)/figures/success.png nbs/images/success.png
-	cp $(OUT)/figures/imagined-rephrase.png nbs/images/imagined.png
+results: install  ## keep the numbers of a finished run, OUT=runs/quick or runs/best, for README and notebooks
+	@$(BIN)/python tools/publish.py $(OUT)
+	@cp $(OUT)/figures/imagined-rephrase.png nbs/images/imagined.png
 
 lab: install  ## open the notebooks
 	@$(BIN)/jupyter lab nbs
