@@ -161,8 +161,8 @@ def ground_stage(run: Run) -> None:
     if rows: run.say(f"  {int(rows[-1]['tokens']):,} tokens; losses: action {float(rows[-1]['action']):.2f}, state {float(rows[-1]['state']):.3f}, text {float(rows[-1]['text']):.2f}")
 
 def _policy_alone(cfg: GroundConfig) -> GroundConfig:
-    "Grounding as a decision transformer is trained: rollouts behind their goal's sentence, push and state in turn, and none of the other tasks; every push is imitated alike. At most 600 steps: some two rounds of 6,400 rollouts with our batches."
-    return replace(cfg, mix=(1.,) + (0.,) * (len(cfg.mix) - 1), gist=False, compose=0., share=1, idle_credit=1., steps=min(cfg.steps, 600), key_weight=1.)
+    "Grounding as a decision transformer is trained: rollouts behind their goal's sentence, push and state in turn, and none of the other tasks; every push is imitated alike. At most 300 steps: one and a half rounds of 6,400 rollouts with our batches."
+    return replace(cfg, mix=(1.,) + (0.,) * (len(cfg.mix) - 1), gist=False, compose=0., share=1, idle_credit=1., steps=min(cfg.steps, 300), key_weight=1.)
 
 def grounded_lm(run: Run, name: str = "grounded") -> KalmLM:
     "The run's language model (or its decision transformer, `dt`), ready to generate."
