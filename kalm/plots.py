@@ -27,8 +27,9 @@ from .goals import COLOURS, COMPASS_VECTORS, DIRECTIONS, GATHERED, LEVELS, LINE_
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'SPARE_COLOURS', 'BALL_COLOURS', 'GOOD', 'BAD', 'STYLE', 'PAPER_SOURCE', 'PAPER', 'PAPER_MATCH',
            'LAST', 'AXIS', 'ARROWS', 'W', 'H', 'CAPTION', 'LINE', 'MEASURES', 'style', 'colours', 'save_figure', 'Cell',
-           'pooled', 'results_table', 'success_bars', 'curves', 'success_curves', 'top_view', 'action_words', 'project',
-           'film_strip', 'compare_strip', 'quality_bars', 'length_histogram', 'rollout_frames', 'gif']
+           'pooled', 'results_table', 'success_bars', 'curves', 'by_checkpoint', 'success_curves', 'top_view',
+           'action_words', 'project', 'film_strip', 'compare_strip', 'quality_bars', 'length_histogram',
+           'rollout_frames', 'gif']
 
 # %% ../nbs/10_plots.ipynb #d19e2487
 METHOD_COLOURS = {"bc": "#56B4E9", "bc+kalm": "#0072B2", "cql": "#E69F00", "cql+kalm": "#D55E00", "bc+oracle": "#332288", "cql+oracle": "#882255", "lm": "#CC79A7", "dt": "#44AA99", "expert": "#009E73", "random": "#999999"}
@@ -214,6 +215,13 @@ def _curve(ax, at: np.ndarray, values: np.ndarray, label: str, colour: str, smoo
     ax.plot(at, v.mean(0), color=colour, label=f"{label}, {len(v)} seeds" if len(v) > 1 else label or None, marker="o" if len(at) == 1 else None)
 
 # %% ../nbs/10_plots.ipynb #69da1e66
+def by_checkpoint(rows: Sequence[dict], method: str, level: str) -> tuple[np.ndarray, np.ndarray]:
+    "The gradient steps (n,) at which all seeds of a method were judged, and its success there, shares (seeds, n); nothing (0,), (0, 0) if it was not."
+    seeds = {}
+    for r in rows:
+        if (r["method"], r["level"]) == (method, level): seeds.setdefault(int(r.get("seed", 0)), []).append(dict(step=r.get("step") or 0, rate=int(r["successes"]) / int(r["episodes"])))
+    return _align([seeds[s] for s in sorted(seeds)], "step", "rate", method) if seeds else (np.empty(0), np.empty((0, 0)))
+
 def success_curves(rows: Sequence[dict], levels: Sequence[str] | None = None):
     "Success over gradient steps: mean over seeds, one standard deviation to each side; methods that do not train are dotted lines."
     methods, seen = _present(rows); levels, colour = list(levels or seen), colours(methods)
@@ -221,10 +229,8 @@ def success_curves(rows: Sequence[dict], levels: Sequence[str] | None = None):
         fig, axes = plt.subplots(1, len(levels), figsize=(.9 + 2.1 * len(levels), 2.7), sharey=True, squeeze=False, layout="constrained")
         for ax, level in zip(axes[0], levels):
             for m in methods:
-                seeds = {}
-                for r in rows:
-                    if (r["method"], r["level"]) == (m, level): seeds.setdefault(str(r.get("seed", 0)), []).append(dict(step=r.get("step") or 0, rate=int(r["successes"]) / int(r["episodes"])))
-                if seeds: _success_curve(ax, *_align(list(seeds.values()), "step", "rate", m), m, colour[m])
+                at, rates = by_checkpoint(rows, m, level)
+                if len(at): _success_curve(ax, at, rates, m, colour[m])
             ax.set(title=level, xlabel=AXIS["step"], ylim=(0, 100)); ax.xaxis.set_major_locator(plt.MaxNLocator(4)); ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v else "0")
         axes[0][0].set_ylabel("success, %"); handles = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels())}
         fig.legend(handles.values(), handles, ncols=min(len(handles), 6), loc="outside upper center")

@@ -48,6 +48,11 @@ def test_success_curves_are_means_over_seeds():
     lines = {l.get_label(): l for l in hard.lines}; np.testing.assert_allclose(lines["bc"].get_xydata(), [(1000, 11), (2000, 21)]); assert set(lines["expert"].get_ydata()) == {68}
     [band] = hard.collections; y = band.get_paths()[0].vertices[:, 1]; assert (y.min(), y.max()) == pytest.approx((10, 22))
 
+def test_by_checkpoint_has_the_steps_that_all_seeds_share():
+    rows = [row("bc", "hard", s, k + s, step=str(t)) for s in (10, 2) for t, k in ((2000, 20), (1000, 10))] + [row("bc", "hard", 2, 9, step="3000"), row("bc", "easy", 2, 9, step="3000")]
+    at, rates = plots.by_checkpoint(rows, "bc", "hard"); assert at.tolist() == [1000, 2000]; np.testing.assert_allclose(rates, [[.12, .22], [.2, .3]])
+    assert [x.size for x in plots.by_checkpoint(rows, "cql", "hard")] == [0, 0]
+
 def test_rows_of_two_runs_are_not_mixed():
     rows = [row("bc", "hard", 0, 1, config="aaa"), row("bc", "hard", 0, 9, config="bbb")]
     with pytest.raises(ValueError, match="2 runs.*aaa.*bbb"): plots.results_table(rows)
