@@ -71,7 +71,7 @@ PRESETS = {p.name: p for p in (
     Preset("best", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
            imagined=dict(rephrase=5120, easy=2560, hard=3584), imagine_steps=20, together=True, steps=dict(bc=50_000, cql=50_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt"), **_LEARN),
     Preset("night", rollouts=6400, rl_rollouts=6400, ground=_OURS, shipped=True,
-           imagined=dict(rephrase=5600, easy=7200, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",)),
+           imagined=dict(rephrase=5120, easy=2560, hard=3584), imagine_steps=20, together=False, steps=dict(bc=100_000, cql=200_000), seeds=3, episodes=1000, checkpoints=5, tries=(("easy", 8),), parts=("hard",)),
     Preset("paper", rollouts=100_000, rl_rollouts=6400, ground=replace(_OURS, steps=1200, batch_tokens=65_536, checkpoint_every=50), shipped=False,
            imagined=dict(rephrase=5600, easy=72_400, hard=1680), imagine_steps=50, together=False, steps=dict(bc=500_000, cql=500_000), seeds=3, episodes=1000, checkpoints=10, tries=(("easy", 8),), parts=("hard",), baselines=("oracle", "lm", "dt")),
 )}
