@@ -37,10 +37,10 @@ def small(monkeypatch):
     "Few sentences a level and little to read."
     few = {l: goal_set(l)[:16] for l in LEVELS}; monkeypatch.setattr(pipeline, "goal_set", few.get); monkeypatch.setattr(grounding, "ordinary_text", lambda held_out=False: ["All work and no play makes Jack a dull boy. " * 20])
 
-@pytest.mark.parametrize("name", ["ablate", "assess", "ablate_policies", "publish"])
+@pytest.mark.parametrize("name", ["ablate", "assess", "ablate_policies", "publish", "recheck"])
 def test_help(name, call, capsys):
     with pytest.raises(SystemExit) as e: call(module := tool(name), "--help")
-    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and any(o in out for o in ("--rollouts", "--run", "--out"))
+    out = " ".join(capsys.readouterr().out.split()); assert e.value.code == 0 and "usage:" in out and " ".join(module.__doc__.split("\n")[0].split()) in out and any(o in out for o in ("--rollouts", "--run", "--out", "--results"))
 
 def test_ablations_are_listed_and_each_changes_what_it_says(call, capsys):
     ablate = tool("ablate"); base = replace(pipeline.PRESETS["checkpoint"].ground, steps=100, compose=0.); every = ablate.variants(base); call(ablate, "--list"); assert [l.split(":")[0] for l in capsys.readouterr().out.splitlines()] == list(every) and every["base"] == {}
@@ -114,3 +114,11 @@ def test_publishing_copies_whole_runs_only(run_folder, call, capsys, tmp_path):
     call(tool_, run_folder, "--out", tmp_path/"results"); assert "0 files" in capsys.readouterr().out and [f.name for f in tmp_path.rglob("*.*")] == ["smoke.csv"]
     call(tool_, run_folder, "--out", tmp_path/"results", "--front", "smoke", "--image", tmp_path/"s.png"); assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")) == ["results/acted/bc+kalm-easy.npz", "results/smoke.csv", "s.png"]
     rows = read_csv(tmp_path/"results"/"smoke.csv"); assert len(rows) == len(work) and {r["config"] for r in rows} == {config} and f"{len(work)} rows, 1 files" in capsys.readouterr().out
+
+def test_rechecks_judge_other_starts_once(run_folder, call, tmp_path, monkeypatch):
+    tool_ = tool("recheck"); asked = []; whole = pipeline.rows_of
+    monkeypatch.setattr(tool_, "rows_of", lambda p, out: asked.append(p) or [w for w in whole(p, out) if not w[4]]); call(tool_, run_folder, "--results", tmp_path/"r.csv"); rows = read_csv(tmp_path/"r.csv")
+    assert (asked[0].checkpoints, asked[0].baselines) == (1, ("oracle",)) and [(r["method"], r["level"], r["seed"], r["episodes"]) for r in rows] == [(m, l, "1000", "12") for m in ("random", "expert") for l in LEVELS]
+    same = [tool_.judge(12, "random", l, 1000, 0, "").successes for l in LEVELS]; assert [int(r["successes"]) for r in rows[:4]] == same
+    monkeypatch.setattr(tool_, "judge", None); call(tool_, run_folder, "--results", tmp_path/"r.csv"); assert read_csv(tmp_path/"r.csv") == rows
+    with pytest.raises(SystemExit): call(tool_, tmp_path)

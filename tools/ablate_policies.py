@@ -3,7 +3,7 @@
     kalm run --preset quick --out runs/quick
     python tools/ablate_policies.py [--run runs/quick] [--steps 20000] [--episodes 1000] [--only base greedy ...]
 
-Every variant differs from the run's own settings in one respect (`paper` and `paper_cql` in all that we do otherwise), and learns from the run's real and imagined rollouts with as many gradient steps, all seeds side by side.
+Every variant differs from the run's own settings in one respect (`paper` and `paper_cql` in all that we do otherwise), and learns from the run's real and imagined rollouts with as many gradient steps (`long` with five times, `short` with an eighth as many), all seeds side by side.
 Rows already in the file are kept, so it can be stopped and continued. `--list` shows the variants.
 """
 import argparse
@@ -78,13 +78,14 @@ class Variant:
     encoder: str = ""            # "reader": the grounded model's hidden state; "gist": the sentence encoder, told the model's gist
     apart: bool = False          # a policy a level
     alone: bool = True           # also trained without imagination
+    times: float = 1             # as many gradient steps as the others
 
 def variants(p) -> dict[str, Variant]:
     bc, cql = p.bc, p.cql
     return dict(base=Variant(), cql=Variant(cql), greedy=Variant(replace(bc, temperature=0.)), cql_greedy=Variant(replace(cql, temperature=0.)), beta=Variant(replace(bc, beta=.5, temperature=.2)),
                 paper=Variant(BC(), within=None, symmetric=False, whitening=None, share=.5), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), within=None, symmetric=False, whitening=None, share=.5),
                 hindsight=Variant(hindsight=True), within_1=Variant(within=1), within_4=Variant(within=4), within_all=Variant(within=None), imagined_4=Variant(imagined=4, alone=False), imagined_won=Variant(imagined=50, alone=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
-                apart=Variant(apart=True, alone=False), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
+                apart=Variant(apart=True, alone=False), long=Variant(times=5), short=Variant(times=1/8), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
                 half=Variant(part=.5, alone=False), quarter=Variant(part=.25, alone=False), wordings_1=Variant(wordings=1, alone=False), wordings_3=Variant(wordings=3, alone=False), inverse=Variant(inverse=True, alone=False),
                 round_trip=Variant(trust="round_trip", alone=False), likelihood=Variant(trust="likelihood", alone=False), agreement=Variant(trust="agreement", alone=False),
                 doubtful=Variant(replace(cql, alpha_imagined=2 * cql.alpha), alone=False), trusting=Variant(replace(cql, alpha_imagined=cql.alpha / 2), alone=False), reader=Variant(encoder="reader"), gist=Variant(encoder="gist"))
@@ -121,10 +122,10 @@ def main():
     d = Data(a.run); every = variants(d.preset)
     if a.list: print("\n".join(f"{n}: {v}" for n, v in every.items())); return
     if unknown := set(a.only or ()) - set(every): p.error(f"unknown variants {sorted(unknown)}: one of {', '.join(every)}")
-    torch.set_num_threads(1); sim = Simulator(); key = dict(preset=d.preset.name, config=d.config, steps=a.steps, episodes=a.episodes)
-    done = {(r["variant"], r["method"], r["level"], r["seed"]) for r in read_csv(a.results) if all(r[k] == str(v) for k, v in key.items())}
+    torch.set_num_threads(1); sim = Simulator(); keys = {n: dict(preset=d.preset.name, config=d.config, steps=round(a.steps * v.times), episodes=a.episodes) for n, v in every.items()}
+    done = {(r["variant"], r["method"], r["level"], r["seed"]) for r in read_csv(a.results) if all(r[k] == str(v) for k, v in keys.get(r["variant"], {"variant": ""}).items())}
     for name in a.only or every:
-        v = every[name]; algorithm = v.algorithm or d.preset.bc; encoder = encoder_of(d, v); levels = list(d.imagined)
+        v, key = every[name], keys[name]; algorithm = v.algorithm or d.preset.bc; encoder = encoder_of(d, v); levels = list(d.imagined)
         sets = [("", [])] * v.alone + ([("+kalm", [l]) for l in levels] if v.apart else [("+kalm", levels)])
         for suffix, novel in sets:
             method = algorithm.name + suffix; judged = [l for l in LEVELS if not v.apart or l in novel]
@@ -132,7 +133,7 @@ def main():
             extra = [imagined_part(d, v, l) for l in novel]
             white = Whitening.fit(encoder.encode([g.text for l in ("offline", *levels) for g in goal_set(l)]), v.whitening) if v.whitening is not None else None
             replay = Replay([real_part(d, v), *(e[0] for e in extra)], encoder=encoder, share=d.preset.share if v.share is None else v.share, weights=[None, *(e[1] for e in extra)], whitening=white)
-            policies = algorithm.fit(replay, steps=a.steps, seed=list(range(a.seeds)))
+            policies = algorithm.fit(replay, steps=key["steps"], seed=list(range(a.seeds)))
             for level in judged:
                 rates = []
                 for seed, policy in enumerate(policies):
