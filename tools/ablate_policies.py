@@ -3,7 +3,7 @@
     kalm run --preset quick --out runs/quick
     python tools/ablate_policies.py [--run runs/quick] [--steps 20000] [--episodes 1000] [--only base greedy ...]
 
-Every variant differs from the run's own settings in one respect (`paper` and `paper_cql` in all that we do otherwise), and learns from the run's real and imagined rollouts with as many gradient steps (`long` with five times, `short` with an eighth as many), all seeds side by side.
+Every variant differs from the run's own settings in one respect (`paper` and `paper_cql` in all that we do otherwise), and learns from the run's real and imagined rollouts with as many gradient steps (`short` with an eighth as many), all seeds side by side.
 Rows already in the file are kept, so it can be stopped and continued. `--list` shows the variants.
 """
 import argparse
@@ -85,7 +85,7 @@ def variants(p) -> dict[str, Variant]:
     return dict(base=Variant(), cql=Variant(cql), greedy=Variant(replace(bc, temperature=0.)), cql_greedy=Variant(replace(cql, temperature=0.)), beta=Variant(replace(bc, beta=.5, temperature=.2)),
                 paper=Variant(BC(), within=None, symmetric=False, whitening=None, share=.5), paper_cql=Variant(replace(CQL(), lr=cql.lr, target_every=cql.target_every), within=None, symmetric=False, whitening=None, share=.5),
                 hindsight=Variant(hindsight=True), within_1=Variant(within=1), within_4=Variant(within=4), within_all=Variant(within=None), imagined_4=Variant(imagined=4, alone=False), imagined_won=Variant(imagined=50, alone=False), no_symmetric=Variant(symmetric=False), whitening_none=Variant(whitening=None), whitening_0=Variant(whitening=0.), whitening_25=Variant(whitening=.25), whitening_1=Variant(whitening=1.),
-                apart=Variant(apart=True, alone=False), long=Variant(times=5), short=Variant(times=1/8), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
+                apart=Variant(apart=True, alone=False), short=Variant(times=1/8), share_10=Variant(share=.1, alone=False), share_50=Variant(share=.5, alone=False), share_75=Variant(share=.75, alone=False), share_100=Variant(share=1., alone=False),
                 half=Variant(part=.5, alone=False), quarter=Variant(part=.25, alone=False), wordings_1=Variant(wordings=1, alone=False), wordings_3=Variant(wordings=3, alone=False), inverse=Variant(inverse=True, alone=False),
                 round_trip=Variant(trust="round_trip", alone=False), likelihood=Variant(trust="likelihood", alone=False), agreement=Variant(trust="agreement", alone=False),
                 doubtful=Variant(replace(cql, alpha_imagined=2 * cql.alpha), alone=False), trusting=Variant(replace(cql, alpha_imagined=cql.alpha / 2), alone=False), reader=Variant(encoder="reader"), gist=Variant(encoder="gist"))
