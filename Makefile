@@ -1,4 +1,4 @@
-# Two commands for a fresh machine with Python 3.11 or 3.12, git and make: `make run` and `make test`.
+# Two commands for a fresh machine with Python 3.11 or newer, git and make: `make run` and `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ help:  ## what each target does
 
 install: $(VENV)/.installed  ## virtual environment with the pinned packages (the other targets do this by themselves)
 
-$(VENV)/.installed: constraints.txt settings.ini setup.py
+$(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml
 	@echo "== installing into $(VENV): once, a few minutes"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kalm needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv $(VENV)
@@ -19,11 +19,14 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: install  ## the quick preset from data to figures, under 15 minutes on two cores; continues where it stopped
+run: install  ## the quick preset on CLEVR-Robot from data to figures, ten minutes on two cores; continues where it stopped
 	@echo "== kalm run --preset quick --out $(OUT)"
 	@$(BIN)/kalm run --preset quick --out $(OUT)
 
-test: install  ## package in step with notebooks, pytest, every notebook top to bottom
+test: install  ## lint, layers, package in step with notebooks, pytest, every notebook top to bottom
+	@echo "== lint and layers"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --no-cache >/tmp/kalm-layers.$$$$ 2>&1 || (cat /tmp/kalm-layers.$$$$; exit 1)
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q tests
 	@echo "== notebooks"
@@ -35,12 +38,11 @@ export: install  ## write kalm/*.py and README.md from the notebooks
 
 results: install  ## keep the numbers of a finished run, OUT=runs/quick or runs/best, for README and notebooks
 	@$(BIN)/python tools/publish.py $(OUT)
-	@cp $(OUT)/figures/imagined-rephrase.png nbs/images/imagined.png
 
 lab: install  ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
 clean:  ## remove the virtual environment and caches of this folder (runs are kept)
-	rm -rf $(VENV) .pytest_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
 
 .PHONY: help install run test export results lab clean
