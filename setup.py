@@ -19,14 +19,14 @@ setup(
     license_files=["LICENSE"],
     author=cfg["author"],
     keywords=cfg["keywords"].split(),
-    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
-    project_urls={"Paper": "https://arxiv.org/abs/2404.09248"},  # nbdev's pyproject.toml wants every field it calls dynamic to be given
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    project_urls={"Paper": "https://arxiv.org/abs/2404.09248"},  # pyproject.toml wants every dynamic field to be given
     packages=find_packages(include=["kalm", "kalm.*"]),
     package_data={"kalm": ["assets/**/*"], "kalm.clevr": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "kalm.domains": ["clevr = kalm.clevr.domain:CLEVR"]},
+    extras_require={"dev": cfg["dev_requirements"].split(), "babyai": cfg["babyai_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "kalm.domains": cfg["domains"].split()},
     zip_safe=False,
 )

@@ -1,4 +1,5 @@
 "Shared by the tests: a cache of their own, a tiny language model, a clean way to run Python beside this one."
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test asks a hub
@@ -11,13 +12,15 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/"tests"))  # for `worlds`
+sys.path.insert(0, str(ROOT / "tests"))  # for `worlds`
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess:
     "Run this Python on `args` with the package importable."
-    path = os.pathsep.join([str(ROOT), str(ROOT/"tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=path) | env)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=path) | env
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 "The house: layers, package in step with the notebooks, exported code that is plain and safe, front page in step."
+
 import ast
 import importlib.util
 import json
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python
 
-NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
-MODULES = sorted(p for p in (ROOT/"kalm").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "kalm").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 WINGS = ("core", "tensors", "clevr", "lm", "rl", "run")
 
 
@@ -46,6 +47,7 @@ def module_of(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------ layers
 
+
 def test_layers_hold():
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([str(tool), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
@@ -62,16 +64,19 @@ def test_training_code_runs_where_no_simulator_is_installed():
 
 
 def test_import_is_light_and_offers_every_public_name():
-    script = ("import sys, kalm; print('torch' in sys.modules, 'mujoco' in sys.modules)\n"
-              "print(all(getattr(kalm, name) is not None for name in kalm.__all__))")
+    script = (
+        "import sys, kalm; print('torch' in sys.modules, 'mujoco' in sys.modules)\n"
+        "print(all(getattr(kalm, name) is not None for name in kalm.__all__))"
+    )
     assert python("-c", script).stdout.split() == ["False", "False", "True"]
 
 
 # ------------------------------------------------------------------------------------------------ notebooks and package
 
+
 def test_every_module_has_its_notebook():
     wanted = {module_of(p).replace(".", "/") for p in NOTEBOOKS} - {""}
-    assert wanted == {p.relative_to(ROOT/"kalm").with_suffix("").as_posix() for p in MODULES}
+    assert wanted == {p.relative_to(ROOT / "kalm").with_suffix("").as_posix() for p in MODULES}
 
 
 def plain(path: Path) -> str:
@@ -81,11 +86,12 @@ def plain(path: Path) -> str:
 
 def test_package_is_in_step_with_the_notebooks(tmp_path):
     from nbdev.export import nb_export
+
     for path in NOTEBOOKS:
         if module_of(path):
-            nb_export(path, lib_path=tmp_path/"kalm")
+            nb_export(path, lib_path=tmp_path / "kalm")
     for path in MODULES:
-        new = tmp_path/path.relative_to(ROOT)
+        new = tmp_path / path.relative_to(ROOT)
         assert plain(new) == plain(path), f"{name_of(path)} differs from its notebook: run `make export`"
 
 
@@ -99,7 +105,7 @@ def test_notebooks_begin_with_a_title_and_a_purpose(path):
 def test_links_between_notebooks_lead_somewhere(path):
     text = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    assert [link for link in links if link and not (path.parent/link).exists()] == []
+    assert [link for link in links if link and not (path.parent / link).exists()] == []
 
 
 @each_notebook
@@ -109,6 +115,7 @@ def test_no_stored_errors_and_not_too_heavy(path):
 
 
 # ------------------------------------------------------------------------------------------------ plain code
+
 
 def functions(tree: ast.AST):
     return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -123,10 +130,18 @@ def test_code_is_plain(path):
     for f in functions(tree):
         args = f.args.posonlyargs + f.args.args + f.args.kwonlyargs
         assert f.end_lineno - f.lineno < 60, f"{f.name} has {f.end_lineno - f.lineno + 1} lines"
-        assert len([a for a in args if a.arg not in ("self", "cls")]) <= LONG.get(f.name, 8), f"{f.name} has {len(args)} parameters"
+        assert len([a for a in args if a.arg not in ("self", "cls")]) <= LONG.get(f.name, 8), (
+            f"{f.name} has {len(args)} parameters"
+        )
 
 
-LONG = {"__init__": 14, "forward": 10, "imagine": 13, "collect": 10, "train": 11}  # settings by keyword, most with defaults
+LONG = {
+    "__init__": 14,
+    "forward": 10,
+    "imagine": 13,
+    "collect": 10,
+    "train": 11,
+}  # settings by keyword, most with defaults
 
 
 @each_module
@@ -137,8 +152,10 @@ def test_public_names_have_docstrings(path):
 
 
 FORBIDDEN = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec", "os.system"}
-GLOBAL_RANDOM = re.compile(r"(np|numpy)\.random\.(seed|rand|randn|randint|random|choice|shuffle|permutation|normal|uniform)$"
-                           r"|torch\.manual_seed$")
+GLOBAL_RANDOM = re.compile(
+    r"(np|numpy)\.random\.(seed|rand|randn|randint|random|choice|shuffle|permutation|normal|uniform)$"
+    r"|torch\.manual_seed$"
+)
 
 
 def dotted(node: ast.AST) -> str:
@@ -159,15 +176,16 @@ def test_exported_code_is_safe_and_seeded(path):
 
 # ------------------------------------------------------------------------------------------------ front page
 
+
 def readme_tool():
-    spec = importlib.util.spec_from_file_location("readme", ROOT/"tools"/"readme.py")
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def readme() -> str:
-    return (ROOT/"README.md").read_text(encoding="utf-8")
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_is_in_step_with_the_index_notebook():
@@ -181,17 +199,18 @@ def test_readme_is_short():
 def test_links_of_the_readme_lead_to_files():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme()) if "://" not in link]
     assert len(links) > 10
-    assert [link for link in links if not (ROOT/link).exists()] == []
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_commands_are_targets_of_the_makefile():
-    makefile = (ROOT/"Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"(?:`|^ {4})make (\w+)", readme(), re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 def test_command_lines_of_the_readme_parse():
     from kalm.run.command import configure, parser
+
     lines = [line for line in re.findall(r"`kalm ([^`]+)`", readme()) if "package.module" not in line]
     assert lines
     for line in lines:
@@ -199,9 +218,16 @@ def test_command_lines_of_the_readme_parse():
 
 
 SMALLER = {  # what the front page's code needs hours or a network for, in small
-    "Qwen/Qwen2.5-0.5B": "tiny-random", "20_000": "40", "steps=2000": "steps=2, bf16=False", "n=200": "n=4", "5000": "20",
-    "steps=300": "steps=2, backbone='tiny-random', bf16=False", "1000)": "40)", "episodes=200": "episodes=4",
-    "KalmLM.grounded(\"clevr\")": "KalmLM.from_pretrained('runs/qwen')"}
+    "Qwen/Qwen2.5-0.5B": "tiny-random",
+    "20_000": "40",
+    "steps=2000": "steps=2, bf16=False",
+    "n=200": "n=4",
+    "5000": "20",
+    "steps=300": "steps=2, backbone='tiny-random', bf16=False",
+    "1000)": "40)",
+    "episodes=200": "episodes=4",
+    'KalmLM.grounded("clevr")': "KalmLM.from_pretrained('runs/qwen')",
+}
 
 
 def test_code_of_the_readme_runs(tmp_path):
@@ -213,11 +239,14 @@ def test_code_of_the_readme_runs(tmp_path):
     for large, small in SMALLER.items():
         assert large in code, large
         code = code.replace(large, small)
-    script = tmp_path/"front.py"
+    script = tmp_path / "front.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Evaluation(" in done.stdout and "match" in done.stdout
-
-

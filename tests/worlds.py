@@ -73,3 +73,13 @@ def line(continuous: bool = False, words: bool = True, judged: bool = True, name
                      success=(lambda goal, states, start: reached(goal.task["side"], states)) if judged else "info",
                      behaviours={"walk": Behaviour(walk)}, words=LineWords() if words else None,
                      limits=Limits((-1.5, -1.), (1.5, 1.), ((0,), (1,)), (.31, .01)), features=Features())
+
+
+def discrete_line() -> GymDomain:
+    "For the command line: `--domain worlds:discrete_line`."
+    return line(name="discrete_line")
+
+
+def continuous_line() -> GymDomain:
+    "For the command line: `--domain worlds:continuous_line`."
+    return line(continuous=True, name="continuous_line")

@@ -1,40 +1,53 @@
-"""Copy what the notebooks read from finished runs into results/: their rows as PRESET.csv; of the run with the preset `--front` also the episodes it kept, and the front page's success bars.
+"""Keep what notebooks read of finished runs in results/: rows as PRESET.csv, and of `--front` also episodes to look at.
 
-    python tools/publish.py runs/quick runs/best runs/night
+    python tools/publish.py runs/quick runs/best runs/protocol
 
 A run that is not whole is refused.
 """
 import argparse
 import csv
-import json
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
-from kalm.core import atomic_write, load_json, read_csv
-from kalm.pipeline import PRESETS, rows_of
-from kalm.plots import save_figure, success_bars
+from kalm.core.domain import domain
+from kalm.core.files import atomic_write, load_json
+from kalm.core.results import RESULT_COLUMNS, read_results
+from kalm.run.folder import Run
+from kalm.run.policies import rows_of
+from kalm.run.presets import preset
 
-FRONT = ("bc", "bc+kalm", "cql", "cql+kalm", "expert", "random")   # methods on the front page
 
-def publish(run: Path, out: Path, front: str, image: Path) -> str:
-    "Copy one run's results; returns what was done, in a line."
-    config, rows = load_json(run/"config.json"), read_csv(run/"results.csv")
-    settings = config["settings"]; preset, rows = settings["name"], [r for r in rows if r["config"] == config["config"]]
-    if preset not in PRESETS or (differ := json.loads(json.dumps(asdict(p := replace(PRESETS[preset], seed=settings["seed"])))).keys() ^ settings.keys()): raise SystemExit(f"{run} is of another version of the presets" + (f" ({', '.join(sorted(differ))})" if preset in PRESETS else ""))
-    missing = {(m, l, str(s), str(t)) for m, l, s, t, _ in rows_of(p, run)} - {(r["method"], r["level"], r["seed"], r["step"]) for r in rows}
-    if missing: raise SystemExit(f"{run/'results.csv'} lacks {len(missing)} rows: `kalm evaluate --preset {preset} --out {run}` goes on with them")
-    episodes = sorted((run/"acted").glob("*+kalm/*/rollouts.npz")) if preset == front else []
-    with atomic_write(out/f"{preset}.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: w = csv.DictWriter(f, list(rows[0]), lineterminator="\n"); w.writeheader(); w.writerows(rows)
-    for f in episodes:
-        with atomic_write(out/"acted"/f"{f.parent.parent.name}-{f.parent.name}.npz") as tmp: shutil.copyfile(f, tmp)
-    if preset == front: save_figure(success_bars([r for r in rows if r["method"] in FRONT]), image)
-    return f"{preset}: {len(rows)} rows, {len(episodes)} files of episodes"
+def publish(folder: Path, out: Path, front: str) -> str:
+    "Copy one run's results; what was done, in a line."
+    settings = load_json(folder/"config.json")
+    world = domain(settings["domain"])
+    run = Run(preset(world, settings["name"]).with_seed(settings["seed"]), settings["domain"], folder)
+    rows = read_results(folder/"results.csv", config=run.config)
+    found = {(r["method"], r["level"], r["seed"], r["step"]) for r in rows if not r["kind"]}
+    missing = [row for row in rows_of(run) if row.key not in found]
+    if missing:
+        raise SystemExit(f"{folder/'results.csv'} lacks {len(missing)} rows: `kalm evaluate` goes on with them")
+    name = settings["name"] if settings["domain"] == "clevr" else f"{settings['domain']}-{settings['name']}"
+    with atomic_write(out/f"{name}.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    episodes = sorted((folder/"acted").glob("*+kalm/*.npz")) if settings["name"] == front else []
+    for path in episodes:
+        with atomic_write(out/"acted"/path.parent.name/path.name) as tmp:
+            shutil.copyfile(path, tmp)
+    return f"{name}: {len(rows)} rows, {len(episodes)} files of episodes"
 
-def main():
+
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("runs", nargs="+", type=Path, help="folders of finished runs"); p.add_argument("--out", type=Path, default=Path("results")); p.add_argument("--front", default="best"); p.add_argument("--image", type=Path, default=Path("nbs/images/success.png"))
+    p.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    p.add_argument("--out", type=Path, default=Path("results"))
+    p.add_argument("--front", default="best")
     a = p.parse_args()
-    for run in a.runs: print(publish(run, a.out, a.front, a.image))
+    for folder in a.runs:
+        print(publish(folder, a.out, a.front))
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

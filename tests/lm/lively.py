@@ -1,4 +1,5 @@
 "Tiny models for tests that are untrained but not indifferent: what they do depends on what they read."
+
 import numpy as np
 import torch
 
@@ -17,16 +18,22 @@ def liven(lm: KalmLM, seed: int = 0) -> KalmLM:
     with torch.no_grad():
         for name, p in lm.own_parameters().items():
             if "lora_B" in name:
-                p.copy_(.2 * torch.randn(p.shape, generator=g))
-        lm.action_head.out.weight.mul_(4 if lm.codec.shape else 30)   # continuous actions stay within bounds
+                p.copy_(0.2 * torch.randn(p.shape, generator=g))
+        lm.action_head.out.weight.mul_(4 if lm.codec.shape else 30)  # continuous actions stay within bounds
         lm.state_head.out.weight.mul_(5)
     return lm.eval()
 
 
 def lively_lm(domain, seed: int = 0) -> KalmLM:
     "A lively tiny model for a domain."
-    lm = KalmLM.from_pretrained("tiny-random", state_dim=domain.state_space.shape[0], codec=codec_of(domain),
-                                features=domain.features, prompts=prompts_of(domain.words), domain=domain.name)
+    lm = KalmLM.from_pretrained(
+        "tiny-random",
+        state_dim=domain.state_space.shape[0],
+        codec=codec_of(domain),
+        features=domain.features,
+        prompts=prompts_of(domain.words),
+        domain=domain.name,
+    )
     return liven(lm, seed)
 
 
@@ -35,11 +42,21 @@ def made_up(domain, n: int, steps: int = 4, seed: int = 0, least: int = 1) -> Ro
     rng, goals, codec = numpy_rng(seed, "made up"), domain.goals("offline"), codec_of(domain)
     lengths = rng.integers(least, steps + 1, n)
     lengths[:1] = steps
-    states = rng.uniform(-.5, .5, (n, steps + 1, domain.state_space.shape[0]))
+    states = rng.uniform(-0.5, 0.5, (n, steps + 1, domain.state_space.shape[0]))
     actions = codec.sample(rng, n * steps).reshape(n, steps, *codec.shape)
-    success = rng.random(n) < .6
-    return Rollouts(states, actions, rng.normal(size=(n, steps)), lengths, success=success, truncated=~success,
-                    goal=np.arange(n) % len(goals), goals=goals, codec=codec, domain=domain.name)
+    success = rng.random(n) < 0.6
+    return Rollouts(
+        states,
+        actions,
+        rng.normal(size=(n, steps)),
+        lengths,
+        success=success,
+        truncated=~success,
+        goal=np.arange(n) % len(goals),
+        goals=goals,
+        codec=codec,
+        domain=domain.name,
+    )
 
 
 def same(a: Rollouts, b: Rollouts) -> bool:

@@ -1,4 +1,5 @@
 "Decoding: the cache gives the plain way's answers on every architecture, and every row is served to its end."
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,9 +58,9 @@ def same_answers(lm, tolerance: float = 2e-4) -> None:
         assert len(np.unique(first.float().numpy().round(3), axis=0)) == 4
         for kind in (ACTION, STATE, TEXT):
             push(np.arange(4), kind)
-        push(np.array([1, 3]), TEXT)                                   # some slots grow, others wait
+        push(np.array([1, 3]), TEXT)  # some slots grow, others wait
         again = [prompt_of(lm, rng, 2, 1), prompt_of(lm, rng, 30, 2)]
-        both(lambda d: d.read(np.array([2, 0]), again))                # used slots begin anew
+        both(lambda d: d.read(np.array([2, 0]), again))  # used slots begin anew
         push(np.array([0, 2, 3]), ACTION)
         kept = np.array([0, 3])
         assert [d.shrink(kept).tolist() for d in decoders] == [[0, 1]] * 2
@@ -79,7 +80,7 @@ def test_cached_equals_uncached_with_an_adapter(continuous):
 
 
 def test_elements_become_tensors():
-    s, a = np.ones(2, np.float32), np.array([.5], np.float32)
+    s, a = np.ones(2, np.float32), np.array([0.5], np.float32)
     discrete = SimpleNamespace(state_dim=2, codec=DiscreteActions(3), device="cpu")
     out = as_tensors(discrete, [text_elements([5, 6]) + step_elements(s, 2), [Element(STATE, state=2 * s)]])
     assert out["kind"].tolist() == [[TEXT, TEXT, STATE, ACTION], [STATE, PAD, PAD, PAD]]
@@ -87,13 +88,15 @@ def test_elements_become_tensors():
     assert out["states"][0].sum(1).tolist() == [0, 0, 2, 2] and out["states"][1, 0].tolist() == [2, 2]
     continuous = SimpleNamespace(state_dim=2, codec=ContinuousActions((-1,), (1,)), device="cpu")
     out = as_tensors(continuous, [step_elements(s, a)])
-    assert out["actions"].tolist() == [[[0], [.5]]] and out["ids"].tolist() == [[0, 0]]
+    assert out["actions"].tolist() == [[[0], [0.5]]] and out["ids"].tolist() == [[0, 0]]
 
 
 # ---------------------------------------------------------------- who sits where
 
+
 class Ledger:
     "A decoder that keeps what every slot holds, and answers with the first thing read and how many there are."
+
     def __init__(self, slots):
         self.slots, self.held = slots, [None] * slots
 

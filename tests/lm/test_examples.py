@@ -1,4 +1,5 @@
 "What each task shows and asks for, and how an epoch is planned."
+
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -41,9 +42,17 @@ from kalm.lm.model import ACTION, PAD, STATE, TEXT, Adapter, KalmLM
 pytestmark = pytest.mark.usefixtures("cache")
 
 GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE, CAPTION, QUESTION, READ, COMPOSE = range(8)
-EQUAL = TaskWeights(**{name: 1. for name in TASKS})
-CONFIG = GroundConfig(backbone="tiny-random", adapter=Adapter(rank=2), steps=8, batch_tokens=400, bf16=False,
-                      task_weights=EQUAL, keyword_weight=3., unrewarded_weight=.25)
+EQUAL = TaskWeights(**{name: 1.0 for name in TASKS})
+CONFIG = GroundConfig(
+    backbone="tiny-random",
+    adapter=Adapter(rank=2),
+    steps=8,
+    batch_tokens=400,
+    bf16=False,
+    task_weights=EQUAL,
+    keyword_weight=3.0,
+    unrewarded_weight=0.25,
+)
 CORPUS = ["The five boxing wizards jump quickly. " * 9, "too short to read", "Pack my box with five dozen jugs. " * 6]
 MODELS = {}
 
@@ -56,8 +65,14 @@ def tiny(domain) -> KalmLM:
 
 
 def fresh(domain) -> KalmLM:
-    return KalmLM.from_pretrained("tiny-random", state_dim=2, codec=codec_of(domain), features=domain.features,
-                                  prompts=prompts_of(domain.words), domain=domain.name)
+    return KalmLM.from_pretrained(
+        "tiny-random",
+        state_dim=2,
+        codec=codec_of(domain),
+        features=domain.features,
+        prompts=prompts_of(domain.words),
+        domain=domain.name,
+    )
 
 
 def examples(domain, rollouts=None, words="own", lm=None, **change) -> Examples:
@@ -96,6 +111,7 @@ def domain(request):
 
 # ---------------------------------------------------------------- one sequence of each task
 
+
 @pytest.mark.parametrize("end", ["success", "failure", "truncated"])
 def test_generate_asks_for_actions_changes_and_done_after_success_only(end, domain):
     rollouts = made_up(domain, 4, 3)
@@ -106,8 +122,8 @@ def test_generate_asks_for_actions_changes_and_done_after_success_only(end, doma
     assert read(ex, q) == f"Goal: {rollout.goal.text} Rollout:#!#!#!#"
     assert column(q, "ask") == [NOTHING] * n + [ACT, STEP] * 3 + [DONE if end == "success" else NOTHING]
     assert column(q, "branch") == [0] * n + [1] * 7 and column(q, "position") == list(range(n + 7))
-    weights = [1. if r > 0 else .25 for r in rollout.rewards]
-    assert column(q, "weight")[n:] == [w for pair in zip(weights, [0.] * 3) for w in pair] + [float(end == "success")]
+    weights = [1.0 if r > 0 else 0.25 for r in rollout.rewards]
+    assert column(q, "weight")[n:] == [w for pair in zip(weights, [0.0] * 3) for w in pair] + [float(end == "success")]
     for t in range(3):
         state, action = q.tokens[n + 2 * t], q.tokens[n + 2 * t + 1]
         np.testing.assert_array_equal(state.state, rollout.states[t])
@@ -124,7 +140,7 @@ def test_generate_asks_for_the_meaning_in_a_branch_of_its_own(domain):
     ex = examples(domain)
     q = written(ex, GENERATE, [0, 0], [4, 0])
     assert said(ex, q) == [" right</s>"] and max(column(q, "branch")) == 3
-    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.] * len(" right") + [1.]
+    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.0] * len(" right") + [1.0]
     assert read(ex, q).endswith(MEANING + " right") and all(t.state is None for t in q.tokens if t.branch == 3)
 
 
@@ -146,11 +162,11 @@ def test_explain_asks_for_key_words_the_sentence_and_its_end(meanings, row, doma
     answer = f" {side}{ARROW} {rollout.goal.text}" if meanings else f" {rollout.goal.text}"
     assert said(ex, q) == [answer + "</s>"] and read(ex, q) == before + "#!" * n + "#" + after + answer
     key = len(f" {side}") if meanings else 0
-    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.] * key + [1.] * (len(answer) + 1 - key)
+    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.0] * key + [1.0] * (len(answer) + 1 - key)
     assert column(q, "ask").count(STEP) == n and ACT not in column(q, "ask")
-    about = [t.state for t in q.tokens[len(before):] if t.kind == TEXT]
+    about = [t.state for t in q.tokens[len(before) :] if t.kind == TEXT]
     assert all(np.array_equal(state, rollout.states[-1]) for state in about)
-    assert all(t.state is None for t in q.tokens[:len(before)])
+    assert all(t.state is None for t in q.tokens[: len(before)])
 
 
 def test_consequence_asks_for_the_whole_change_after_the_last_word(domain):
@@ -168,11 +184,12 @@ def test_caption_asks_what_happened_in_one_step(domain):
     caption = LineWords().caption(states[1], states[2])
     q = written(ex, CAPTION, [0, 1])
     assert read(ex, q) == f"What happened?#!#: {caption}" and said(ex, q) == [f" {caption}</s>"]
-    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.] * len(f" {caption}") + [1.]
+    assert [t.weight for t in q.tokens if t.ask == WORD] == [3.0] * len(f" {caption}") + [1.0]
 
 
 class Curious(LineWords):
     "Several questions, and nothing to say of some steps and states."
+
     def caption(self, state, next_state):
         return super().caption(state, next_state) if next_state[0] > 0 else ""
 
@@ -183,7 +200,7 @@ class Curious(LineWords):
 def test_questions_are_some_of_those_about_the_state_the_same_each_time(domain):
     ex = examples(domain, words=Curious(), branches=3)
     states = ex.material.rollouts.states
-    i, t = np.argwhere(states[:, :3, 0] > .1)[0].tolist()
+    i, t = np.argwhere(states[:, :3, 0] > 0.1)[0].tolist()
     q = written(ex, QUESTION, [i, t])
     pairs = ex.material.questions(i, t)
     assert len(pairs) == 3 and set(pairs) <= set(Curious().questions(states[i, t]))
@@ -192,7 +209,7 @@ def test_questions_are_some_of_those_about_the_state_the_same_each_time(domain):
     before, after = PROMPTS["question"][i % 4]
     assert read(ex, q) == before + "#" + after + "".join(f" {question} {answer}"[:-1] for question, answer in pairs)
     other = examples(domain, words=Curious(), branches=3, seed=1)
-    places = np.argwhere(states[:, :3, 0] > .1)
+    places = np.argwhere(states[:, :3, 0] > 0.1)
     assert any(ex.material.questions(i, t) != other.material.questions(i, t) for i, t in places)
 
 
@@ -211,12 +228,12 @@ def test_text_asks_for_every_next_token(domain):
     ex = examples(domain)
     q = written(ex, READ, [6, 0])
     ids = ex.material.passages[6]
-    assert column(q, "ids") == ids[:-1] and column(q, "answer") == ids[1:] and set(column(q, "weight")) == {1.}
+    assert column(q, "ids") == ids[:-1] and column(q, "answer") == ids[1:] and set(column(q, "weight")) == {1.0}
     assert len(ex.material.passages) == 8 and {len(p) for p in ex.material.passages} == {PASSAGE}
 
 
 def test_composed_sentences_are_asked_for_all_meanings(domain):
-    ex = examples(domain, compose=.5)
+    ex = examples(domain, compose=0.5)
     planned = [p for batch in ex.plan(0) for p in batch if p.task == COMPOSE]
     assert len(planned) == 12
     for p in planned:
@@ -229,7 +246,7 @@ def test_composed_sentences_are_asked_for_all_meanings(domain):
 def test_the_models_first_tokens_lead_every_sequence(domain):
     lm = fresh(domain)
     lm.begin = [1, 5]
-    bare, led = examples(domain, compose=.2), examples(domain, compose=.2, lm=lm)
+    bare, led = examples(domain, compose=0.2), examples(domain, compose=0.2, lm=lm)
     assert {p.task for batch in led.plan(0) for p in batch} == set(range(8))
     for p in (p for batch in led.plan(0) for p in batch):
         q = led.write(p)
@@ -239,21 +256,32 @@ def test_the_models_first_tokens_lead_every_sequence(domain):
 
 # ---------------------------------------------------------------- prompts, words and text
 
+
 def test_a_domains_wordings_stand_in_for_the_general_ones():
     class Own(Words):
         prompts = {"caption": (("Now?", " So:"),)}
+
     got = prompts_of(Own())
     assert got["caption"] == [["Now?", " So:"]] and got["explain"] == [list(pair) for pair in PROMPTS["explain"]]
     assert prompts_of(None) == prompts_of(Words()) and set(got) == set(TASKS) - {"text"}
 
 
-@pytest.mark.parametrize("prompts, message", [
-    ({"sing": (("a", "b"),)}, "prompts for sing"), ({"caption": ()}, "pairs"), ({"caption": (("a",),)}, "pairs"),
-    ({"caption": (("a", 1),)}, "pairs"), ({"generate": (("Do it", ""),)}, "{goal}"),
-    ({"caption": (("{goal}", ""),)}, "{goal}")], ids=str)
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ({"sing": (("a", "b"),)}, "prompts for sing"),
+        ({"caption": ()}, "pairs"),
+        ({"caption": (("a",),)}, "pairs"),
+        ({"caption": (("a", 1),)}, "pairs"),
+        ({"generate": (("Do it", ""),)}, "{goal}"),
+        ({"caption": (("{goal}", ""),)}, "{goal}"),
+    ],
+    ids=str,
+)
 def test_wordings_that_do_not_fit_are_refused(prompts, message):
     class Own(Words):
         pass
+
     Own.prompts = prompts
     with pytest.raises(ValueError, match=message):
         prompts_of(Own())
@@ -268,7 +296,7 @@ def test_braces_in_a_sentence_are_just_braces(domain):
 @pytest.mark.parametrize("words", [None, Words()], ids=["none", "empty"])
 def test_without_words_their_tasks_weigh_nothing_and_the_log_says_so(words, domain, caplog):
     with caplog.at_level(logging.WARNING):
-        ex = examples(domain, words=words, compose=.5)
+        ex = examples(domain, words=words, compose=0.5)
     missing = [record.message for record in caplog.records]
     assert [m.split(":")[0].split()[-1] for m in missing] == ["caption", "question", "compose"]
     tasks = {p.task for batch in ex.plan(0) for p in batch}
@@ -277,7 +305,7 @@ def test_without_words_their_tasks_weigh_nothing_and_the_log_says_so(words, doma
 
 
 def test_no_example_at_all_is_an_error(domain):
-    only = replace(EQUAL, **{name: 0. for name in TASKS if name != "caption"})
+    only = replace(EQUAL, **{name: 0.0 for name in TASKS if name != "caption"})
     with pytest.raises(ValueError, match="no task has examples"):
         examples(domain, words=None, task_weights=only)
 
@@ -287,6 +315,7 @@ def test_leaving_words_out_changes_no_other_task(domain):
 
     def rows(ex, task):
         return sorted(p.rows.tolist() for batch in ex.plan(0) for p in batch if p.task == task)
+
     for task in (GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE, READ):
         assert rows(whole, task) == rows(part, task)
 
@@ -316,7 +345,7 @@ ASKED = ["Put the red ball behind the blue one.", "Put the green ball to the lef
 def test_composed_sentences_say_common_words_once_or_twice():
     made = [compose(ASKED[:2], numpy_rng(0, k)) for k in range(200)]
     brief = [t for t in made if t.lower().count("put") == 1]
-    assert len(set(made)) > 8 and .6 < len(brief) / 200 < .9
+    assert len(set(made)) > 8 and 0.6 < len(brief) / 200 < 0.9
     for t in made:
         assert t.startswith("Put the red ball behind the blue one") and t.count(".") == 1 and "Put" not in t[3:]
         assert t.endswith("the green ball to the left of the cyan one.") and "  " not in t
@@ -327,9 +356,10 @@ def test_composed_sentences_say_common_words_once_or_twice():
 
 # ---------------------------------------------------------------- an epoch
 
+
 @pytest.mark.parametrize("branches, meanings", [(1, True), (3, True), (3, False), (30, True)])
 def test_lengths_are_those_of_what_is_written(branches, meanings, domain):
-    ex = examples(domain, branches=branches, meanings=meanings, compose=.3)
+    ex = examples(domain, branches=branches, meanings=meanings, compose=0.3)
     planned = [p for batch in ex.plan(0) for p in batch]
     assert {p.task for p in planned} == set(range(8 if meanings else 7))
     for p in planned:
@@ -349,7 +379,7 @@ def test_every_rollout_comes_once_an_epoch_in_every_task(domain):
 
 
 def test_weights_say_how_many_examples(domain):
-    weights = TaskWeights(generate=.5, dynamics=2., explain=0., consequence=.25)
+    weights = TaskWeights(generate=0.5, dynamics=2.0, explain=0.0, consequence=0.25)
     ex = examples(domain, task_weights=weights)
     count = Counter(p.task for batch in ex.plan(0) for p in batch for _ in p.rows)
     assert count == {GENERATE: 12, DYNAMICS: 48, CONSEQUENCE: 6}
@@ -363,8 +393,15 @@ def test_branches_share_a_prompt_and_if_it_names_one_a_goal(branches, domain):
         most[p.task] = max(most[p.task], len(p.rows))
         if p.task in (GENERATE, CONSEQUENCE):
             assert len(set(ex.material.rollouts.goal[p.rows[:, 0]])) == 1
-    assert most == {GENERATE: min(branches, 6), CONSEQUENCE: min(branches, 6), DYNAMICS: branches, CAPTION: branches,
-                    EXPLAIN: 1, QUESTION: 1, READ: 1}
+    assert most == {
+        GENERATE: min(branches, 6),
+        CONSEQUENCE: min(branches, 6),
+        DYNAMICS: branches,
+        CAPTION: branches,
+        EXPLAIN: 1,
+        QUESTION: 1,
+        READ: 1,
+    }
 
 
 def test_every_wording_is_used(domain):
@@ -398,7 +435,7 @@ def test_processes_share_a_batch(domain):
     parts = [ex.at((0, 0), rank, 2) for rank in range(2)]
     assert sum(int((p["kind"] != PAD).sum()) for p in parts) == int((whole["kind"] != PAD).sum())
     assert abs(len(parts[0]["kind"]) - len(parts[1]["kind"])) <= 1
-    many = [ex.at((0, 0), rank, 1000) for rank in (0, len(whole["kind"]))]   # more processes than sequences
+    many = [ex.at((0, 0), rank, 1000) for rank in (0, len(whole["kind"]))]  # more processes than sequences
     assert torch.equal(many[0]["ids"], many[1]["ids"])
 
 
@@ -433,6 +470,7 @@ def test_actions_of_another_world_are_refused():
 
 # ---------------------------------------------------------------- tensors
 
+
 def test_rows_hold_everything_once_and_no_more_than_their_width():
     rng = numpy_rng(0, "pack")
     for width in (1, 20, 50, 1000):
@@ -441,7 +479,7 @@ def test_rows_hold_everything_once_and_no_more_than_their_width():
         assert sorted(sum(rows, [])) == list(range(80))
         assert all(len(row) == 1 or sum(lengths[i] for i in row) <= width for row in rows)
         if width > 60:
-            assert len(rows) <= 1.3 * sum(lengths) / width + 1   # and it is worth the trouble
+            assert len(rows) <= 1.3 * sum(lengths) / width + 1  # and it is worth the trouble
 
 
 NAMES = ("kind", "ids", "ask", "answer", "weight", "branch", "position")
@@ -451,15 +489,17 @@ VECTORS = {"states": "state", "target": "target", "actions": "action"}
 def as_rows(q: Sequence, k: int) -> tuple:
     "A sequence as it should lie in a batch."
     widths = dict(states=2, target=2) | (dict(actions=k) if k else {})
-    vectors = [[np.zeros(n, np.float32) if value is None else np.float32(value) for value in column(q, VECTORS[name])]
-               for name, n in widths.items()]
+    vectors = [
+        [np.zeros(n, np.float32) if value is None else np.float32(value) for value in column(q, VECTORS[name])]
+        for name, n in widths.items()
+    ]
     known = [state is not None for state in column(q, "state")]
     return (*(tuple(column(q, name)) for name in NAMES), *(np.stack(v).tobytes() for v in vectors), tuple(known))
 
 
 @pytest.mark.parametrize("width", [0, 60, 10_000])
 def test_tensors_hold_every_token(width, domain):
-    ex = examples(domain, compose=.2)
+    ex = examples(domain, compose=0.2)
     sequences = [ex.write(p) for batch in ex.plan(0)[:2] for p in batch]
     k = domain.codec.shape[0] if domain.codec.shape else 0
     batch = collate(sequences, 2, k, width)
@@ -469,8 +509,13 @@ def test_tensors_hold_every_token(width, domain):
         for tree in range(int(batch["tree"][b].max()) + 1):
             at = batch["tree"][b] == tree
             vectors = [batch[name][b, at].numpy().tobytes() for name in VECTORS if name in batch]
-            found.append((*(tuple(batch[name][b, at].tolist()) for name in NAMES), *vectors,
-                          tuple(batch["known"][b, at].tolist())))
+            found.append(
+                (
+                    *(tuple(batch[name][b, at].tolist()) for name in NAMES),
+                    *vectors,
+                    tuple(batch["known"][b, at].tolist()),
+                )
+            )
     assert Counter(found) == Counter(as_rows(q, k) for q in sequences)
     pad = batch["tree"] < 0
     assert (batch["kind"][pad] == PAD).all() and (batch["ask"][pad] == NOTHING).all() and not batch["known"][pad].any()
@@ -489,7 +534,7 @@ def test_candidates_are_the_words_asked_for_and_some_others(domain):
         assert torch.equal(a["answer"][~at], b["answer"][~at])
         assert not set(candidates[n:].tolist()) & set(used) and len(candidates) - n <= 30
         each = (vocabulary - n) / (len(candidates) - n)
-        torch.testing.assert_close(a["log_count"].exp(), torch.tensor([1.] * n + [each] * (len(candidates) - n)))
+        torch.testing.assert_close(a["log_count"].exp(), torch.tensor([1.0] * n + [each] * (len(candidates) - n)))
     assert not {"candidates", "log_count"} & b.keys()
 
 
@@ -499,12 +544,22 @@ def test_candidates_differ_between_batches_and_repeat(domain):
 
     def drawn(ex, k):
         return ex.candidates(batch, (0, k))["candidates"].tolist()
+
     assert drawn(ex, 0) == drawn(ex, 0) and drawn(ex, 0) != drawn(ex, 1) and drawn(ex, 0) != drawn(other, 0)
 
 
 def test_rollouts_of_no_steps_are_left_out(domain):
     rollouts = made_up(domain, 6, 4)
     lengths = np.array([0, 1, 2, 3, 0, 4])
-    ex = examples(domain, Rollouts(rollouts.states, rollouts.actions, lengths=lengths, goal=rollouts.goal,
-                                   goals=rollouts.goals, codec=rollouts.codec))
+    ex = examples(
+        domain,
+        Rollouts(
+            rollouts.states,
+            rollouts.actions,
+            lengths=lengths,
+            goal=rollouts.goal,
+            goals=rollouts.goals,
+            codec=rollouts.codec,
+        ),
+    )
     assert {i for b in ex.plan(0) for p in b if p.task < READ for i in p.rows[:, 0].tolist()} == {1, 2, 3, 5}

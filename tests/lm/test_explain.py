@@ -1,4 +1,5 @@
 "What the model says: cached equals uncached, questions are put as in training, and the round trip is the domain's."
+
 import numpy as np
 import pytest
 import torch
@@ -41,15 +42,17 @@ def lively(domain, cache):
 
 # ---------------------------------------------------------------- cached and plain, together and alone
 
+
 @pytest.fixture
 def talkative(lively, monkeypatch):
     "A model that ends some of its sentences early: the end token is raised to about the level of the best."
-    plain, eos, lift = KalmLM.text_logits, lively.tokenizer.eos_token_id, [0.]
+    plain, eos, lift = KalmLM.text_logits, lively.tokenizer.eos_token_id, [0.0]
 
     def text_logits(self, h, states=None):
         z = plain(self, h, states)
         z[..., eos] += lift[0]
         return z
+
     monkeypatch.setattr(KalmLM, "text_logits", text_logits)
     return lively, lift
 
@@ -57,7 +60,7 @@ def talkative(lively, monkeypatch):
 def test_explanations_cached_batched_and_alone_agree(talkative, domain):
     lm, lift = talkative
     r = made_up(domain, 10, steps=5, least=0)
-    for lift[0] in (0., .05, .1, .15, .2, .3, .4, .6, .8, 1.2):   # until some rows end early and others do not
+    for lift[0] in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2):  # until some rows end early and others do not
         texts = explain(lm, r, max_tokens=7)
         if 1 < len(set(map(len, texts))) and len(set(texts)) > 2:
             break
@@ -103,6 +106,7 @@ def test_meanings_cached_batched_and_alone_agree(lively):
 
 # ---------------------------------------------------------------- how sure
 
+
 def test_how_sure_the_model_is(lively):
     "The geometric mean of the probabilities of the key words, computed by one plain pass over all of it."
     text = "Please go left."
@@ -119,7 +123,7 @@ def test_how_sure_the_model_is(lively):
             log_p.append(float(p))
             ids = torch.cat([ids, best[:, None]], 1)
     assert said.sure == pytest.approx(np.exp(np.mean(log_p)), rel=1e-3)
-    assert said.words == lively.tokenizer.decode(ids[0, len(prompt):]).strip()
+    assert said.words == lively.tokenizer.decode(ids[0, len(prompt) :]).strip()
 
 
 def test_below_the_threshold_a_sentence_is_not_understood(lively):
@@ -139,10 +143,11 @@ def test_what_is_no_list_of_sentences(texts, message, lively):
 
 # ---------------------------------------------------------------- questions are put as in training
 
+
 def as_read(tokens) -> list[tuple]:
     "What a sequence of grounding holds up to where its first word is asked for."
     at = next(i for i, t in enumerate(tokens) if t.ask == 1)
-    own = [t for t in tokens[:at + 1] if t.branch in (0, tokens[at].branch)]
+    own = [t for t in tokens[: at + 1] if t.branch in (0, tokens[at].branch)]
     return [(t.kind, t.ids, None if t.kind == TEXT else t.state.tolist()) for t in own]
 
 
@@ -153,7 +158,8 @@ def heard(monkeypatch):
 
     def run(self, *args):
         got.append((self.prompts, self.states))
-        return [Answer("", 0.)] * len(self.prompts)
+        return [Answer("", 0.0)] * len(self.prompts)
+
     monkeypatch.setattr(explain_module.Speaking, "run", run)
     return got
 
@@ -161,12 +167,15 @@ def heard(monkeypatch):
 def test_questions_are_put_as_in_training(lively, domain, heard):
     from kalm.lm.examples import Caption, Explain, Generate, Material
     from kalm.lm.ground import GroundConfig
+
     r = made_up(domain, 1, steps=3)
     explain(lively, r)
     caption(lively, r)
     meaning(lively, [r.texts[0]])
-    told = [[(e.kind, e.id, None if e.state is None else np.asarray(e.state).tolist()) for e in prompts[0]]
-            for prompts, _ in heard]
+    told = [
+        [(e.kind, e.id, None if e.state is None else np.asarray(e.state).tolist()) for e in prompts[0]]
+        for prompts, _ in heard
+    ]
     material = Material(Writer(lively), r, LineWords(), GroundConfig(), [])
     assert told[0] == as_read(Explain(material).write(np.array([[0, 0]])).tokens)
     assert told[1] == as_read(Caption(material).write(np.array([[0, 2]])).tokens)
@@ -193,8 +202,10 @@ def test_prompts_begin_as_the_model_expects(lively, domain):
 
 # ---------------------------------------------------------------- key words and sentences
 
+
 class Parrot:
     "A decoder of a model that says what it was taught to say of the first action in a story."
+
     told: list[int] = []
 
     def __init__(self, lm, slots):
@@ -219,8 +230,13 @@ class Parrot:
         return np.arange(len(slots))
 
 
-LINES = ["red blue left -> Move the red ball.", "No arrow here.", "a b left -> c d left -> Twice.", "-> Only a sentence.",
-         "red blue left ->"]
+LINES = [
+    "red blue left -> Move the red ball.",
+    "No arrow here.",
+    "a b left -> c d left -> Twice.",
+    "-> Only a sentence.",
+    "red blue left ->",
+]
 
 
 @pytest.fixture
@@ -231,7 +247,8 @@ def parrot(lively, monkeypatch):
 
     def text_logits(self, h, states=None):
         words = torch.tensor([ids[int(a)][int(n)] for a, n in h])
-        return 20. * torch.nn.functional.one_hot(words, 300)
+        return 20.0 * torch.nn.functional.one_hot(words, 300)
+
     monkeypatch.setattr(explain_module, "CachedDecoder", Parrot)
     monkeypatch.setattr(KalmLM, "text_logits", text_logits)
     Parrot.told = []
@@ -257,8 +274,10 @@ def test_short_explanations_stop_at_the_arrow(parrot):
 
 # ---------------------------------------------------------------- the round trip
 
+
 class Checked(Words):
     "Words that check goals as their kind says."
+
     def checked_by(self, goal):
         return goal.kind
 
@@ -272,10 +291,16 @@ class Checked(Words):
 def test_the_round_trip_by_hand(monkeypatch):
     "Captions are compared with the words of the sentence, explanations with what the model takes it to mean."
     cases = [  # kind, last word of the sentence, what is said, what the goal is taken to mean, steps, whether it passes
-        ("caption", "left", "left", None, 1, True), ("caption", "left", "right", None, 1, False),
-        ("caption", "left", None, None, 0, False), ("explanation", "b", "b", "b", 2, True),
-        ("explanation", "c", "d", "d", 3, True), ("explanation", "e", "e", "f", 1, False),
-        ("explanation", "g", None, "g", 0, False), ("", "h", None, None, 2, True), ("", "i", None, None, 0, False)]
+        ("caption", "left", "left", None, 1, True),
+        ("caption", "left", "right", None, 1, False),
+        ("caption", "left", None, None, 0, False),
+        ("explanation", "b", "b", "b", 2, True),
+        ("explanation", "c", "d", "d", 3, True),
+        ("explanation", "e", "e", "f", 1, False),
+        ("explanation", "g", None, "g", 0, False),
+        ("", "h", None, None, 2, True),
+        ("", "i", None, None, 0, False),
+    ]
     goals = [Goal(f"{k} {c[1]}", kind=c[0]) for k, c in enumerate(cases)]
     lengths, n, calls = np.array([c[4] for c in cases]), len(cases), []
     r = Rollouts(np.zeros((n, 4, 2)), np.zeros((n, 3), int), lengths=lengths, goal=np.arange(n), goals=goals)
@@ -284,21 +309,26 @@ def test_the_round_trip_by_hand(monkeypatch):
         def answer(lm, rollouts, batch_size, **kw):
             calls.append((name, rollouts.goal.tolist(), kw))
             return [cases[i][2] for i in rollouts.goal]
+
         return answer
 
     def taken(lm, texts, batch_size):
         calls.append(("meaning", list(texts), {}))
-        return [Meaning(cases[int(t.split()[0])][3], 1.) for t in texts]
+        return [Meaning(cases[int(t.split()[0])][3], 1.0) for t in texts]
+
     monkeypatch.setattr(explain_module, "caption", ask("caption"))
     monkeypatch.setattr(explain_module, "explain", ask("explain"))
     monkeypatch.setattr(explain_module, "meaning", taken)
     ok, said = round_trip(object(), r, Checked())
     assert ok.dtype == bool and ok.tolist() == [c[5] for c in cases] and said == [c[2] or "" for c in cases]
-    assert calls == [("caption", [0, 1], {}), ("explain", [3, 4, 5], dict(short=True)),
-                     ("meaning", [goals[i].text for i in (3, 4, 5)], {})]
+    assert calls == [
+        ("caption", [0, 1], {}),
+        ("explain", [3, 4, 5], dict(short=True)),
+        ("meaning", [goals[i].text for i in (3, 4, 5)], {}),
+    ]
     calls.clear()
     ok, said = round_trip(object(), r[[7, 8]], Checked())
-    assert ok.tolist() == [True, False] and said == ["", ""] and not calls   # nothing to ask
+    assert ok.tolist() == [True, False] and said == ["", ""] and not calls  # nothing to ask
     ok, said = round_trip(object(), r[:0], Checked())
     assert ok.shape == (0,) and said == []
 
@@ -320,11 +350,12 @@ def test_filter_scores_by_hand():
     keep, good = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool), np.array([1, 1, 0, 1, 1, 0, 0, 0], bool)
     assert FilterScores.of(keep, good) == FilterScores(kept=3 / 8, precision=2 / 3, recall=1 / 2, base=1 / 2)
     none = FilterScores.of(~keep & keep, good)
-    assert (none.kept, none.recall, none.base) == (0, 0, .5) and np.isnan(none.precision)
+    assert (none.kept, none.recall, none.base) == (0, 0, 0.5) and np.isnan(none.precision)
     assert np.isnan(FilterScores.of(keep, good & ~good).recall) and np.isnan(FilterScores.of(keep[:0], good[:0]).base)
 
 
 # ---------------------------------------------------------------- goals as vectors
+
 
 def test_goals_as_vectors_are_what_is_held_in_mind(lively):
     texts = ["Walk to the right end.", "Please go left.", "Over there!"]

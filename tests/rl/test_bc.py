@@ -1,4 +1,5 @@
 "Both losses of behaviour cloning against NumPy, and that both learn."
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kalm.rl.replay import Replay
 from kalm.tensors.store import torch_rng
 
 
-@pytest.mark.parametrize("beta", [0., .5])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_discrete_loss_against_numpy(beta):
     rng = numpy_rng(0, "loss")
     logits, actions, weights = rng.normal(size=(3, 7, 5)), rng.integers(0, 5, (3, 7)), rng.random((3, 7))
@@ -26,9 +27,9 @@ def test_discrete_loss_against_numpy(beta):
 
 def test_continuous_loss_against_numpy():
     rng = numpy_rng(0, "loss")
-    outputs, actions, weights = .3 * rng.normal(size=(3, 7, 4)), rng.uniform(-1, 1, (3, 7, 2)), rng.random((3, 7))
+    outputs, actions, weights = 0.3 * rng.normal(size=(3, 7, 4)), rng.uniform(-1, 1, (3, 7, 2)), rng.random((3, 7))
     mean, std = np.tanh(outputs[..., :2]), np.exp(-1.5 + 3.5 * np.tanh(outputs[..., 2:]))
-    density = np.exp(-((actions - mean) / std) ** 2 / 2) / (std * np.sqrt(2 * np.pi))
+    density = np.exp(-(((actions - mean) / std) ** 2) / 2) / (std * np.sqrt(2 * np.pi))
     got = gaussian_bc_loss(*(torch.from_numpy(x) for x in (outputs, actions, weights)))
     np.testing.assert_allclose(got.loss, -(weights * np.log(density).sum(-1)).mean(-1))
     np.testing.assert_allclose(got.error, np.abs(actions - mean).mean((-2, -1)))
@@ -36,23 +37,23 @@ def test_continuous_loss_against_numpy():
 
 
 def test_actions_at_the_edge_of_the_box_cost_a_finite_amount():
-    edge = torch.tensor([[1., -1.], [1., -1.]])
+    edge = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     assert gaussian_bc_loss(torch.zeros(2, 4), edge).loss.isfinite()
-    assert gaussian_bc_loss(torch.full((2, 4), 50.), edge).loss.isfinite()
+    assert gaussian_bc_loss(torch.full((2, 4), 50.0), edge).loss.isfinite()
 
 
 @pytest.mark.parametrize("codec", [FOUR, BOX])
 def test_it_learns_which_goal_asks_for_which_action(codec):
     n, rng = 300, numpy_rng(0, "learn")
     goal = rng.integers(0, 3, n)
-    wanted = np.array([3, 0, 2]) if codec is FOUR else np.float32([[-1, 4], [.5, 1], [0, 0]])
+    wanted = np.array([3, 0, 2]) if codec is FOUR else np.float32([[-1, 4], [0.5, 1], [0, 0]])
     r = Rollouts(rng.normal(size=(n, 2, 3)), wanted[goal][:, None], goal=goal, goals=GOALS, codec=codec)
     policy = BC(hidden=64, lr=3e-3).fit(Replay(r, encoder=Fake()), steps=150 if codec is FOUR else 300)
     new = policy.act(rng.normal(size=(n, 3)), [GOALS[g].text for g in goal])
     if codec is FOUR:
-        assert (new == wanted[goal]).mean() > .95
+        assert (new == wanted[goal]).mean() > 0.95
     else:
-        assert np.abs(new - wanted[goal]).max(1).mean() < .15
+        assert np.abs(new - wanted[goal]).max(1).mean() < 0.15
 
 
 def test_spread_of_the_data_is_learnt_for_each_state():
@@ -60,32 +61,35 @@ def test_spread_of_the_data_is_learnt_for_each_state():
     rng, n = numpy_rng(0, "spread"), 2000
     states = np.zeros((n, 2, 3), np.float32)
     states[:, :, 0] = rng.choice([-1, 1], n)[:, None]
-    noise = np.where(states[:, :1, :1] > 0, .3, .02) * rng.normal(size=(n, 1, 1))
+    noise = np.where(states[:, :1, :1] > 0, 0.3, 0.02) * rng.normal(size=(n, 1, 1))
     actions = np.clip(np.concatenate([noise, 2 + 2 * noise], 2), BOX.low, BOX.high)
     r = Rollouts(states, actions, goal=np.zeros(n, int), goals=GOALS, codec=BOX)
-    policy = BC(hidden=64, lr=3e-3, temperature=1.).fit(Replay(r, encoder=Fake()), steps=250)
+    policy = BC(hidden=64, lr=3e-3, temperature=1.0).fit(Replay(r, encoder=Fake()), steps=250)
     still, wild = (policy.act(np.repeat([[x, 0, 0]], 1000, 0), GOALS[0].text)[:, 0].std() for x in (-1, 1))
-    assert still < .08 and .2 < wild < .4
+    assert still < 0.08 and 0.2 < wild < 0.4
 
 
 @pytest.mark.parametrize("codec", [FOUR, BOX])
 def test_what_weighs_nothing_is_not_learnt(codec):
     "Rows of weight 0 change nothing but which rows are drawn."
     r, imagined = rollouts(9, codec=codec), rollouts(9, source=IMAGINED, codec=codec)
-    other = rollouts(9, source=IMAGINED, codec=codec, actions=codec.sample(numpy_rng(5), 36).reshape(imagined.actions.shape))
+    other = rollouts(
+        9, source=IMAGINED, codec=codec, actions=codec.sample(numpy_rng(5), 36).reshape(imagined.actions.shape)
+    )
 
     def loss(part, w):
-        b = Replay([r, part], .5, weights=[None, np.full(9, w)], encoder=Fake())
+        b = Replay([r, part], 0.5, weights=[None, np.full(9, w)], encoder=Fake())
         learner = BC(hidden=16).learner(b, [0])
         return learner.loss(b.take(b.draw(8, 1, [torch_rng(0)])[0])).loss
-    assert torch.equal(loss(imagined, 0.), loss(other, 0.)) and not torch.equal(loss(imagined, 1.), loss(other, 1.))
+
+    assert torch.equal(loss(imagined, 0.0), loss(other, 0.0)) and not torch.equal(loss(imagined, 1.0), loss(other, 1.0))
 
 
 def test_a_policy_trained_on_whitened_encodings_takes_them_as_they_are():
     texts = [g.text for g in GOALS]
     white = Replay(rollouts(20), whitening=Whitening.fit(Fake(), texts), encoder=Fake())
     learner = BC(hidden=16).learner(white, [0])
-    policy = BC(hidden=16, lr=0.).fit(white, steps=1)
+    policy = BC(hidden=16, lr=0.0).fit(white, steps=1)
     batch = white.take(torch.arange(20))
     want = learner.networks["policy"].one(0)(batch.states, batch.encodings).argmax(1)
     said = [white.texts[i] for i in batch.goals]
@@ -94,6 +98,6 @@ def test_a_policy_trained_on_whitened_encodings_takes_them_as_they_are():
 
 @pytest.mark.parametrize("codec, head", [(FOUR, "categorical"), (BOX, "gaussian")])
 def test_the_policy_is_that_of_the_settings(codec, head, tmp_path):
-    policy = BC(hidden=16, temperature=.3).fit(replay(codec=codec), steps=2, seed=4)
-    assert (policy.head, policy.codec, policy.temperature, policy.seed) == (head, codec, .3, 4)
+    policy = BC(hidden=16, temperature=0.3).fit(replay(codec=codec), steps=2, seed=4)
+    assert (policy.head, policy.codec, policy.temperature, policy.seed) == (head, codec, 0.3, 4)
     assert policy.algorithm == "bc" and policy.step == 2

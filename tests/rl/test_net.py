@@ -1,4 +1,5 @@
-"Behaviour cloning, its batches and its policies as the code before the rewrite gave them: parts 7 and 8 of `tests/net`."
+"Behaviour cloning, its batches and its policies as the old code gave them: parts 7 and 8 of `tests/net`."
+
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kalm.rl.replay import Replay
 from kalm.rl.train import Every
 from kalm.tensors.store import torch_rng
 
-NET = Path(__file__).parents[1]/"net"
+NET = Path(__file__).parents[1] / "net"
 WEIGHTS = ("state.weight", "goal.weight", "goal.bias", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
 
 
@@ -30,18 +31,24 @@ def float32(monkeypatch):
 
 @pytest.fixture(scope="module")
 def net():
-    with np.load(NET/"policies.npz", allow_pickle=False) as z:
-        return dict(z) | json.loads((NET/"policies.json").read_text())
+    with np.load(NET / "policies.npz", allow_pickle=False) as z:
+        return dict(z) | json.loads((NET / "policies.json").read_text())
 
 
 def rollouts(net, name, source):
     arrays = {k: net[f"{name}_{k}"] for k in ("states", "actions", "rewards", "lengths", "success", "truncated")}
     goals = [Goal(g["text"], g["level"]) for g in net[f"{name}_goals"]]
-    return Rollouts(**arrays, goal=net[f"{name}_index"], source=np.full(len(arrays["states"]), source), goals=goals,
-                    codec=DiscreteActions(40), domain="clevr")
+    return Rollouts(
+        **arrays,
+        goal=net[f"{name}_index"],
+        source=np.full(len(arrays["states"]), source),
+        goals=goals,
+        codec=DiscreteActions(40),
+        domain="clevr",
+    )
 
 
-def replay(net, imagined_fraction=.25, white=False):
+def replay(net, imagined_fraction=0.25, white=False):
     real, imagined = rollouts(net, "real", REAL), rollouts(net, "imagined", IMAGINED)
     texts = [g.text for g in (*real.goals, *imagined.goals)]
     vectors = np.concatenate([net["real_encodings"], net["imagined_encodings"]])
@@ -74,21 +81,24 @@ def test_the_same_weights_to_begin_with(net):
 def test_cloning_ends_in_the_same_weights(net, name, case, tmp_path):
     c, settings = net["cases"][case], net["algorithms"][name]
     algorithm = BC(batch_size=100, lr=1e-3, beta=settings["beta"], hidden=32)
-    out = algorithm.fit(replay(net, c["share"], c["white"]), steps=300, seed=net["seeds"], out=tmp_path/"p", every=Every(50))
+    out = algorithm.fit(
+        replay(net, c["share"], c["white"]), steps=300, seed=net["seeds"], out=tmp_path / "p", every=Every(50)
+    )
     for k, (s, policy) in enumerate(zip(net["seeds"], out)):
         for w in WEIGHTS:
             np.testing.assert_allclose(policy.net.state_dict()[w], net[f"{name}{case}_{s}_{w}"], atol=1e-3)
-        rows = read_csv(tmp_path/f"p-{s}"/"curve.csv")
+        rows = read_csv(tmp_path / f"p-{s}" / "curve.csv")
         curve = [[float(row[f]) for f in net["curve_fields"][name]] for row in rows]
         np.testing.assert_allclose(curve, net[f"{name}{case}_curve"][k], rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------- episodes
 
+
 @pytest.fixture(scope="module")
 def episodes():
-    with np.load(NET/"episodes.npz", allow_pickle=False) as z:
-        return dict(z) | json.loads((NET/"episodes.json").read_text())
+    with np.load(NET / "episodes.npz", allow_pickle=False) as z:
+        return dict(z) | json.loads((NET / "episodes.json").read_text())
 
 
 def policy_of(episodes, name):
@@ -103,7 +113,7 @@ def test_the_first_action_of_each_episode(episodes, name):
     texts = [episodes["goals"][i]["text"] for i in episodes["index"]]
     actions = policy_of(episodes, name).act(episodes["starts"], texts)
     sure = episodes[f"{name}_margin"] > 1e-5
-    assert sure.mean() > .9
+    assert sure.mean() > 0.9
     np.testing.assert_array_equal(actions[sure], episodes[f"{name}_actions"][sure, 0])
 
 
@@ -113,13 +123,19 @@ def test_whole_episodes(episodes, name):
     CLEVR = pytest.importorskip("kalm.clevr.domain").CLEVR
     from kalm.clevr.goals import move
     from kalm.core.episodes import play
+
     goals = [move(g["source"], g["target"], g["direction"], g["text"]) for g in episodes["goals"]]
     policy, index = policy_of(episodes, name), episodes["index"][:40].astype(np.int64)
     simulator = CLEVR.at(goals, index, episodes["starts"][:40])
-    played = play(CLEVR, goals, index, simulator,
-                  lambda sim, rows, _: policy.act(sim.states[rows], [goals[i].text for i in index[rows]]))
+    played = play(
+        CLEVR,
+        goals,
+        index,
+        simulator,
+        lambda sim, rows, _: policy.act(sim.states[rows], [goals[i].text for i in index[rows]]),
+    )
     want = {k: episodes[f"{name}_{k}"][:40] for k in ("actions", "lengths", "success", "last_states")}
     same = (played.lengths == want["lengths"]) & (played.success == want["success"])
-    same &= (played.actions == want["actions"][:, :played.max_steps]).all(1)
-    assert same.mean() >= .95
+    same &= (played.actions == want["actions"][:, : played.max_steps]).all(1)
+    assert same.mean() >= 0.95
     np.testing.assert_allclose(played.last_states[same], want["last_states"][same], atol=1e-2)

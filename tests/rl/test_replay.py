@@ -1,4 +1,5 @@
 "What a batch holds, where it is drawn from, and what makes a replay the same."
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ def every(b):
 
 def test_a_batch_has_its_share_of_imagined_rows_however_few_there_are():
     b, rng = replay(real=3, imagined=300), torch_rng(0, "t")
-    real = {row.numpy().tobytes() for row in b.floats[:b.sizes[0]]}
+    real = {row.numpy().tobytes() for row in b.floats[: b.sizes[0]]}
     for _ in range(20):
         batch = b.sample(16, rng)
         numbers = [x[:, None] for x in (batch.rewards, batch.bootstrap, batch.weights)]
@@ -29,15 +30,15 @@ def test_a_batch_has_its_share_of_imagined_rows_however_few_there_are():
 
 
 def test_pooled_data_are_drawn_by_size_and_every_transition_is_drawn():
-    for b in (replay(real=5), replay(real=0, imagined=5, imagined_fraction=1.)):
+    for b in (replay(real=5), replay(real=0, imagined=5, imagined_fraction=1.0)):
         assert len(b.draw(4000, 1, [torch_rng(0, "t")]).unique()) == len(b)
     b = Replay([rollouts(5), rollouts(40, source=IMAGINED)], encoder=Fake())
     rows = b.draw(4000, 1, [torch_rng(0, "t")])
     n = int(rollouts(5).lengths.sum())
-    assert (rows < n).float().mean().item() == pytest.approx(n / len(b), abs=.03)
+    assert (rows < n).float().mean().item() == pytest.approx(n / len(b), abs=0.03)
 
 
-@pytest.mark.parametrize("fraction, imagined", [(0., 0), (.25, 2), (.5, 4), (1., 8)])
+@pytest.mark.parametrize("fraction, imagined", [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_the_imagined_fraction_is_as_asked(fraction, imagined):
     b = replay(9, 9, imagined_fraction=fraction)
     rows = b.draw(8, 200, [torch_rng(0)])
@@ -47,7 +48,7 @@ def test_the_imagined_fraction_is_as_asked(fraction, imagined):
 
 def test_fractions_give_each_data_set_its_share():
     data = [rollouts(4, seed=s, source=source) for s, source in enumerate((REAL, IMAGINED, IMAGINED))]
-    b = Replay(data, fractions=[.5, .375, .125], encoder=Fake())
+    b = Replay(data, fractions=[0.5, 0.375, 0.125], encoder=Fake())
     rows = b.draw(8, 300, [torch_rng(0)])
     group = b.take(rows).group
     assert group[5, 0].tolist() == [0] * 4 + [1] * 3 + [2] and len(rows.unique()) == len(b)
@@ -59,7 +60,7 @@ def test_fractions_give_each_data_set_its_share():
 def test_sources_are_told_apart_row_by_row():
     "A data set may hold both; the order of data sets does not matter to which group a row belongs."
     mixed = Rollouts.concat([rollouts(4, source=IMAGINED), rollouts(5)])
-    b = Replay([mixed], imagined_fraction=.5, encoder=Fake())
+    b = Replay([mixed], imagined_fraction=0.5, encoder=Fake())
     assert b.sizes == [int(rollouts(5).lengths.sum()), int(rollouts(4, source=IMAGINED).lengths.sum())]
 
 
@@ -108,10 +109,10 @@ def test_success_and_failure_end_the_future_and_time_does_not(ended, last):
 def test_weights_go_with_their_rollouts():
     r, imagined = rollouts(9), rollouts(7, source=IMAGINED)
     w = numpy_rng(0).random(7)
-    b = Replay([imagined, r], .5, weights=[w, None], encoder=Fake())
+    b = Replay([imagined, r], 0.5, weights=[w, None], encoder=Fake())
     want = np.concatenate([np.ones(b.sizes[0]), np.repeat(w, imagined.lengths)]).astype(np.float32)
     np.testing.assert_array_equal(every(b).weights, want)
-    np.testing.assert_array_equal(every(Replay(imagined, weights=w, encoder=Fake())).weights, want[b.sizes[0]:])
+    np.testing.assert_array_equal(every(Replay(imagined, weights=w, encoder=Fake())).weights, want[b.sizes[0] :])
 
 
 def test_sentences_are_stored_once_across_data_sets_with_different_goals():
@@ -135,14 +136,22 @@ def test_which_actions_there_are():
 
 # ---------------------------------------------------------------- identity
 
+
 def test_the_digest_tells_replays_apart():
     r, s, i = rollouts(9), rollouts(9, seed=1), rollouts(9, source=IMAGINED)
     white = Whitening.fit(Fake(), [g.text for g in GOALS])
     other_words = [*GOALS[:2], Goal("Stay!")]
-    made = [dict(datasets=[r]), dict(datasets=[s]), dict(datasets=[r, i]), dict(datasets=[r, i], imagined_fraction=.5),
-            dict(datasets=[r, i], imagined_fraction=.25), dict(datasets=[r, i], fractions=[.5, .5]),
-            dict(datasets=[r], weights=[np.full(9, .5)]), dict(datasets=[r], whitening=white),
-            dict(datasets=[rollouts(9, goals=other_words)])]
+    made = [
+        dict(datasets=[r]),
+        dict(datasets=[s]),
+        dict(datasets=[r, i]),
+        dict(datasets=[r, i], imagined_fraction=0.5),
+        dict(datasets=[r, i], imagined_fraction=0.25),
+        dict(datasets=[r, i], fractions=[0.5, 0.5]),
+        dict(datasets=[r], weights=[np.full(9, 0.5)]),
+        dict(datasets=[r], whitening=white),
+        dict(datasets=[rollouts(9, goals=other_words)]),
+    ]
     digests = [Replay(**m, encoder=Fake()).digest() for m in made]
     texts = {g.text: v for g, v in zip(GOALS, Fake().encode([g.text for g in GOALS]))}
     digests.append(Replay([r], encoder=GivenEncodings(texts)).digest())
@@ -154,12 +163,14 @@ def test_the_last_places_of_encodings_do_not_matter():
     class Shaken(Fake):
         def encode(self, texts):
             return super().encode(texts) * np.float32(1 + 1e-6)
+
     texts = [g.text for g in GOALS]
     one, two = (Replay(rollouts(9), encoder=e, whitening=Whitening.fit(e, texts)) for e in (Fake(), Shaken()))
     assert one.digest() == two.digest() and not torch.equal(one.encodings, two.encodings)
 
 
 # ---------------------------------------------------------------- what is refused
+
 
 def bare_box():
     return Rollouts(np.zeros((1, 3, 2)), np.zeros((1, 2, 1)), goal=[0], goals=GOALS)
@@ -169,29 +180,39 @@ def wide():
     return Rollouts(np.zeros((1, 3, 2)), [[1, 2]], goal=[0], goals=GOALS, codec=FOUR)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Replay([], encoder=Fake()), "empty"),
-    (lambda: Replay(rollouts(3, lengths=np.zeros(3, int)), encoder=Fake()), "empty"),
-    (lambda: Replay(rollouts(3, goal=[-1, 0, 0]), encoder=Fake()), "1 rollouts of data set 0 have no goal"),
-    (lambda: Replay([rollouts(3), wide()], encoder=Fake()), "states of 2 and of 3 numbers"),
-    (lambda: Replay([rollouts(3), rollouts(3, codec=BOX)], encoder=Fake()), "discrete actions and some continuous"),
-    (lambda: Replay([rollouts(3), rollouts(3, codec=DiscreteActions(5))], encoder=Fake()), "different actions"),
-    (lambda: Replay([rollouts(3, codec=BOX), rollouts(3, codec=ContinuousActions((-9., -9.), (9., 9.)))], encoder=Fake()),
-     "different actions"),
-    (lambda: Replay(bare_box(), encoder=Fake()), "give the rollouts a codec"),
-    (lambda: Replay(rollouts(3), encoder=GivenEncodings({"Go left.": [1.]})), "no encoding was given"),
-    (lambda: Replay(rollouts(3), imagined_fraction=.5, encoder=Fake()), "imagined, but there are no such"),
-    (lambda: Replay(rollouts(3), imagined_fraction=1.5, encoder=Fake()), "imagined_fraction=1.5"),
-    (lambda: Replay([rollouts(3)] * 2, fractions=[.5, .6], encoder=Fake()), "sum to 1"),
-    (lambda: Replay([rollouts(3)] * 2, fractions=[1.], encoder=Fake()), "expected 2 numbers"),
-    (lambda: Replay([rollouts(3)] * 2, fractions=[-1., 2.], encoder=Fake()), "at least 0"),
-    (lambda: Replay([rollouts(3)] * 2, .5, [.5, .5], encoder=Fake()), "expected one of them"),
-    (lambda: Replay(rollouts(3), weights=np.ones(4), encoder=Fake()), r"weights of data set 0 of shape \(4,\): expected \(3,\)"),
-    (lambda: Replay(rollouts(3), weights=[1, -1, 1], encoder=Fake()), "at least 0"),
-    (lambda: Replay([rollouts(3)] * 2, weights=[None], encoder=Fake()), "one entry a data set"),
-    (lambda: replay(3, 3).sample(5, torch_rng(0)), "even"),
-    (lambda: replay(3).sample(0, torch_rng(0)), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Replay([], encoder=Fake()), "empty"),
+        (lambda: Replay(rollouts(3, lengths=np.zeros(3, int)), encoder=Fake()), "empty"),
+        (lambda: Replay(rollouts(3, goal=[-1, 0, 0]), encoder=Fake()), "1 rollouts of data set 0 have no goal"),
+        (lambda: Replay([rollouts(3), wide()], encoder=Fake()), "states of 2 and of 3 numbers"),
+        (lambda: Replay([rollouts(3), rollouts(3, codec=BOX)], encoder=Fake()), "discrete actions and some continuous"),
+        (lambda: Replay([rollouts(3), rollouts(3, codec=DiscreteActions(5))], encoder=Fake()), "different actions"),
+        (
+            lambda: Replay(
+                [rollouts(3, codec=BOX), rollouts(3, codec=ContinuousActions((-9.0, -9.0), (9.0, 9.0)))], encoder=Fake()
+            ),
+            "different actions",
+        ),
+        (lambda: Replay(bare_box(), encoder=Fake()), "give the rollouts a codec"),
+        (lambda: Replay(rollouts(3), encoder=GivenEncodings({"Go left.": [1.0]})), "no encoding was given"),
+        (lambda: Replay(rollouts(3), imagined_fraction=0.5, encoder=Fake()), "imagined, but there are no such"),
+        (lambda: Replay(rollouts(3), imagined_fraction=1.5, encoder=Fake()), "imagined_fraction=1.5"),
+        (lambda: Replay([rollouts(3)] * 2, fractions=[0.5, 0.6], encoder=Fake()), "sum to 1"),
+        (lambda: Replay([rollouts(3)] * 2, fractions=[1.0], encoder=Fake()), "expected 2 numbers"),
+        (lambda: Replay([rollouts(3)] * 2, fractions=[-1.0, 2.0], encoder=Fake()), "at least 0"),
+        (lambda: Replay([rollouts(3)] * 2, 0.5, [0.5, 0.5], encoder=Fake()), "expected one of them"),
+        (
+            lambda: Replay(rollouts(3), weights=np.ones(4), encoder=Fake()),
+            r"weights of data set 0 of shape \(4,\): expected \(3,\)",
+        ),
+        (lambda: Replay(rollouts(3), weights=[1, -1, 1], encoder=Fake()), "at least 0"),
+        (lambda: Replay([rollouts(3)] * 2, weights=[None], encoder=Fake()), "one entry a data set"),
+        (lambda: replay(3, 3).sample(5, torch_rng(0)), "even"),
+        (lambda: replay(3).sample(0, torch_rng(0)), "at least 1"),
+    ],
+)
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message) as e:
         make()

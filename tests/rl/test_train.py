@@ -1,4 +1,5 @@
-"The loop: exact resume, curves, seeds side by side, folders that belong to one run; for learners of one network and of several."
+"The loop: exact resume, curves, seeds side by side, folders that belong to one run; one network or several."
+
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -29,16 +30,24 @@ class ToyLoss:
 
 
 class ToyLearner(Learner):
-    "All that an actor-critic method needs: target network, learned number, noise, an actor that moves every second step."
+    "All that an actor-critic method needs: target network, learned number, noise, a slower actor."
+
     def __init__(self, toy, b, seeds):
         def fresh(what, outputs, inputs=None):
             return goal_mlps(b, [torch_rng(s, "toy", what) for s in seeds], outputs, inputs, toy.hidden)
+
         k = b.codec.k
         critic = fresh("critic", 1, b.state_dim + k)
-        nets = dict(actor=fresh("actor", k), critic=critic, target=deepcopy(critic).requires_grad_(False),
-                    temperature=nn.ParameterDict({"log_alpha": nn.Parameter(torch.zeros(len(seeds)))}))
+        nets = dict(
+            actor=fresh("actor", k),
+            critic=critic,
+            target=deepcopy(critic).requires_grad_(False),
+            temperature=nn.ParameterDict({"log_alpha": nn.Parameter(torch.zeros(len(seeds)))}),
+        )
         optimisers = {name: adam(nets[name].parameters(), toy.lr) for name in ("actor", "critic", "temperature")}
-        super().__init__(nets, optimisers, "actor", "deterministic", dict(noise=[torch_rng(s, "toy", "noise") for s in seeds]))
+        super().__init__(
+            nets, optimisers, "actor", "deterministic", dict(noise=[torch_rng(s, "toy", "noise") for s in seeds])
+        )
         self.codec = b.codec
 
     def refresh(self):
@@ -47,10 +56,15 @@ class ToyLearner(Learner):
     def update(self, batch):
         nets, noise = self.networks, self.normal("noise", *batch.actions.shape[1:])
         actions = scaled_actions(batch.actions, self.codec)
-        shaken = (actions + .1 * noise).clamp(-1, 1)
+        shaken = (actions + 0.1 * noise).clamp(-1, 1)
         q = nets["critic"](torch.cat([batch.states, shaken], -1), batch.encodings)[..., 0]
         with torch.no_grad():
-            y = batch.rewards + .9 * batch.bootstrap * nets["target"](torch.cat([batch.next_states, actions], -1), batch.encodings)[..., 0]
+            y = (
+                batch.rewards
+                + 0.9
+                * batch.bootstrap
+                * nets["target"](torch.cat([batch.next_states, actions], -1), batch.encodings)[..., 0]
+            )
         critic = (q - y).square().mean(-1)
         self.minimise("critic", critic)
         alpha = nets["temperature"]["log_alpha"]
@@ -62,7 +76,7 @@ class ToyLearner(Learner):
             self.minimise("actor", actor)
             with torch.no_grad():
                 for t, p in zip(nets["target"].parameters(), nets["critic"].parameters()):
-                    t.lerp_(p, .1)
+                    t.lerp_(p, 0.1)
         return ToyLoss(critic, critic, actor, alpha.exp())
 
 
@@ -71,7 +85,7 @@ class Toy:
     batch_size: int = 8
     lr: float = 1e-3
     hidden: int = 16
-    temperature: float = 0.
+    temperature: float = 0.0
     name = "toy"
 
     def learner(self, b, seeds):
@@ -81,8 +95,11 @@ class Toy:
         return train(self, b, **kw)
 
 
-CASES = {"bc": (BC(batch_size=8, hidden=16), {}), "bc-box": (BC(batch_size=8, hidden=16), dict(codec=BOX)),
-         "toy": (Toy(), dict(codec=BOX))}
+CASES = {
+    "bc": (BC(batch_size=8, hidden=16), {}),
+    "bc-box": (BC(batch_size=8, hidden=16), dict(codec=BOX)),
+    "toy": (Toy(), dict(codec=BOX)),
+}
 LOOP = dict(every=Every(log=4, checkpoint=8))
 all_cases = pytest.mark.parametrize("algorithm, kind", CASES.values(), ids=CASES)
 
@@ -98,99 +115,118 @@ class Kill(Exception):
 
 @all_cases
 def test_interrupted_equals_uninterrupted(algorithm, kind, tmp_path):
-    b, every = replay(9, 9, imagined_fraction=.5, **kind), Every(4, 8, callback=5)
-    whole = algorithm.fit(b, steps=30, out=tmp_path/"whole", **LOOP)
+    b, every = replay(9, 9, imagined_fraction=0.5, **kind), Every(4, 8, callback=5)
+    whole = algorithm.fit(b, steps=30, out=tmp_path / "whole", **LOOP)
 
     def kill(policy, step):
-        if step == 20:   # after the checkpoint of step 16 and four more steps
+        if step == 20:  # after the checkpoint of step 16 and four more steps
             raise Kill
+
     with pytest.raises(Kill):
-        algorithm.fit(b, steps=30, out=tmp_path/"cut", callback=kill, every=every)
-    assert [r["step"] for r in read_csv(tmp_path/"cut/curve.csv")] == ["4", "8", "12", "16"]
-    stopped = algorithm.fit(b, steps=30, out=tmp_path/"cut", max_minutes=0, **LOOP)
+        algorithm.fit(b, steps=30, out=tmp_path / "cut", callback=kill, every=every)
+    assert [r["step"] for r in read_csv(tmp_path / "cut/curve.csv")] == ["4", "8", "12", "16"]
+    stopped = algorithm.fit(b, steps=30, out=tmp_path / "cut", max_minutes=0, **LOOP)
     assert stopped.step == 20
-    resumed = algorithm.fit(b, steps=30, out=tmp_path/"cut", **LOOP)
+    resumed = algorithm.fit(b, steps=30, out=tmp_path / "cut", **LOOP)
     assert resumed.step == whole.step == 30
     for name in ("training.safetensors", "policy.safetensors"):
-        assert same_tensors(tmp_path/"whole"/name, tmp_path/"cut"/name)
+        assert same_tensors(tmp_path / "whole" / name, tmp_path / "cut" / name)
     for name in ("curve.csv", "request.json"):
-        assert (tmp_path/"whole"/name).read_text() == (tmp_path/"cut"/name).read_text()
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
 
 
 @all_cases
 def test_seeds_side_by_side_are_seeds_alone(algorithm, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fast_dtype", lambda device: torch.float32)
-    b, seen = replay(9, 9, imagined_fraction=.5, **kind), []
-    many = algorithm.fit(b, steps=12, seed=[4, 0, 7], out=tmp_path/"many", every=Every(4, 8, 8),
-                         callback=lambda ps, step: seen.append((step, ps)))
+    b, seen = replay(9, 9, imagined_fraction=0.5, **kind), []
+    many = algorithm.fit(
+        b,
+        steps=12,
+        seed=[4, 0, 7],
+        out=tmp_path / "many",
+        every=Every(4, 8, 8),
+        callback=lambda ps, step: seen.append((step, ps)),
+    )
     assert [s for s, _ in seen] == [8, 12] and all(len(ps) == 3 for _, ps in seen)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["many", "many-0", "many-4", "many-7"]
     for s, policy in zip((4, 0, 7), many):
-        alone = algorithm.fit(b, steps=12, seed=s, out=tmp_path/f"{s}", **LOOP)
-        again = Policy.load(tmp_path/f"many-{s}", encoder=Fake())
+        alone = algorithm.fit(b, steps=12, seed=s, out=tmp_path / f"{s}", **LOOP)
+        again = Policy.load(tmp_path / f"many-{s}", encoder=Fake())
         assert policy.step == 12 and policy.seed == again.seed == s
         for x, y, z in zip(*(p.net.parameters() for p in (policy, alone, again)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
             assert torch.equal(x, z)
-        for a, c in zip(read_csv(tmp_path/f"many-{s}/curve.csv"), read_csv(tmp_path/f"{s}/curve.csv"), strict=True):
-            assert {k: float(v) for k, v in c.items()} == pytest.approx({k: float(v) for k, v in a.items()}, rel=1e-3, abs=1e-4)
+        for a, c in zip(read_csv(tmp_path / f"many-{s}/curve.csv"), read_csv(tmp_path / f"{s}/curve.csv"), strict=True):
+            assert {k: float(v) for k, v in c.items()} == pytest.approx(
+                {k: float(v) for k, v in a.items()}, rel=1e-3, abs=1e-4
+            )
 
 
 def test_several_seeds_are_continued_together(tmp_path):
-    b, seeds, out = replay(9, 9), [0, 1], tmp_path/"run"
+    b, seeds, out = replay(9, 9), [0, 1], tmp_path / "run"
     bc = BC(hidden=16, batch_size=8)
     whole = bc.fit(b, steps=24, seed=seeds, **LOOP)
     part = bc.fit(b, steps=24, seed=seeds, out=out, max_minutes=0, **LOOP)
     rest = bc.fit(b, steps=24, seed=seeds, out=out, **LOOP)
-    assert [p.step for p in part] == [4, 4] and len(read_csv(tmp_path/"run-1/curve.csv")) == 6
+    assert [p.step for p in part] == [4, 4] and len(read_csv(tmp_path / "run-1/curve.csv")) == 6
     assert all(torch.equal(x, y) for a, b in zip(whole, rest) for x, y in zip(a.net.parameters(), b.net.parameters()))
     with pytest.raises(ValueError, match="seeds"):
         bc.fit(b, steps=24, seed=[0, 2], out=out, **LOOP)
-    assert not (tmp_path/"run-2").exists()
+    assert not (tmp_path / "run-2").exists()
 
 
 def test_a_seed_does_not_overwrite_another_runs_policy(tmp_path):
-    BC(hidden=16).fit(replay(), steps=2, out=tmp_path/"run-1")
-    before = {p.name: p.read_bytes() for p in (tmp_path/"run-1").iterdir()}
+    BC(hidden=16).fit(replay(), steps=2, out=tmp_path / "run-1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run-1").iterdir()}
     with pytest.raises(ValueError, match="run-1 holds"):
-        BC(hidden=16).fit(replay(), steps=2, seed=[0, 1], out=tmp_path/"run")
-    assert before == {p.name: p.read_bytes() for p in (tmp_path/"run-1").iterdir()} and not (tmp_path/"run").exists()
+        BC(hidden=16).fit(replay(), steps=2, seed=[0, 1], out=tmp_path / "run")
+    assert (
+        before == {p.name: p.read_bytes() for p in (tmp_path / "run-1").iterdir()} and not (tmp_path / "run").exists()
+    )
 
 
 def test_the_curve_holds_the_fields_of_the_loss(tmp_path):
-    columns = {"bc": ["loss", "imitation", "penalty", "accuracy"], "bc-box": ["loss", "error", "std"],
-               "toy": ["loss", "critic", "actor", "alpha"]}
+    columns = {
+        "bc": ["loss", "imitation", "penalty", "accuracy"],
+        "bc-box": ["loss", "error", "std"],
+        "toy": ["loss", "critic", "actor", "alpha"],
+    }
     for name, (algorithm, kind) in CASES.items():
-        algorithm.fit(replay(**kind), steps=10, out=tmp_path/name, **LOOP)
-        rows = read_csv(tmp_path/name/"curve.csv")
+        algorithm.fit(replay(**kind), steps=10, out=tmp_path / name, **LOOP)
+        rows = read_csv(tmp_path / name / "curve.csv")
         assert list(rows[0]) == ["step", *columns[name]] and [int(r["step"]) for r in rows] == [4, 8, 10]
-        assert all(np.isfinite(float(v)) for r in rows for v in r.values())   # a step without an actor loss is left out
+        assert all(np.isfinite(float(v)) for r in rows for v in r.values())  # a step without an actor loss is left out
 
 
 def test_a_row_of_the_curve_is_the_mean_over_its_steps(tmp_path):
     b = replay()
-    BC(hidden=16).fit(b, steps=6, out=tmp_path, every=Every(log=4, checkpoint=1, callback=3), callback=lambda p, step: None)
+    BC(hidden=16).fit(
+        b, steps=6, out=tmp_path, every=Every(log=4, checkpoint=1, callback=3), callback=lambda p, step: None
+    )
     learner, rngs = BC(hidden=16).learner(b, [0]), [torch_rng(0, "bc", "batches")]
     losses = [learner.step(b.take(rows)).loss.item() for rows in b.draw(100, 6, rngs)]
-    got = [float(r["loss"]) for r in read_csv(tmp_path/"curve.csv")]
+    got = [float(r["loss"]) for r in read_csv(tmp_path / "curve.csv")]
     assert got == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])], rel=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     a = BC(hidden=16).fit(replay(), steps=6, out=tmp_path)
-    before = (tmp_path/"training.safetensors").read_bytes()
+    before = (tmp_path / "training.safetensors").read_bytes()
     b = BC(hidden=16).fit(replay(), steps=6, out=tmp_path)
-    assert before == (tmp_path/"training.safetensors").read_bytes()
+    assert before == (tmp_path / "training.safetensors").read_bytes()
     assert all(torch.equal(x, y) for x, y in zip(a.net.parameters(), b.net.parameters()))
 
 
-@pytest.mark.parametrize("other, message", [
-    (lambda out: BC(hidden=16, lr=1.).fit(replay(), steps=9, out=out), "lr was 0.001, is 1.0"),
-    (lambda out: BC(hidden=16).fit(replay(), steps=9, seed=1, out=out), "seed"),
-    (lambda out: BC(hidden=16).fit(replay(21), steps=9, out=out), "data"),
-    (lambda out: Toy().fit(replay(codec=BOX), steps=9, out=out), "algorithm"),
-    (lambda out: BC(hidden=16).fit(replay(), steps=5, out=out), "already holds 6"),
-])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda out: BC(hidden=16, lr=1.0).fit(replay(), steps=9, out=out), "lr was 0.001, is 1.0"),
+        (lambda out: BC(hidden=16).fit(replay(), steps=9, seed=1, out=out), "seed"),
+        (lambda out: BC(hidden=16).fit(replay(21), steps=9, out=out), "data"),
+        (lambda out: Toy().fit(replay(codec=BOX), steps=9, out=out), "algorithm"),
+        (lambda out: BC(hidden=16).fit(replay(), steps=5, out=out), "already holds 6"),
+    ],
+)
 def test_another_run_in_the_same_folder_is_refused(other, message, tmp_path):
     BC(hidden=16).fit(replay(), steps=6, out=tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -202,7 +238,7 @@ def test_another_run_in_the_same_folder_is_refused(other, message, tmp_path):
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-10], lambda raw: raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:]])
 def test_a_damaged_training_state_is_refused(damage, tmp_path):
     BC(hidden=16).fit(replay(), steps=6, out=tmp_path)
-    f = tmp_path/"training.safetensors"
+    f = tmp_path / "training.safetensors"
     f.write_bytes(damage(f.read_bytes()))
     with pytest.raises(ValueError, match="training.safetensors"):
         BC(hidden=16).fit(replay(), steps=9, out=tmp_path)
@@ -210,26 +246,30 @@ def test_a_damaged_training_state_is_refused(damage, tmp_path):
 
 def test_a_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     BC(hidden=16).fit(replay(), steps=6, out=tmp_path)
-    before = (tmp_path/"training.safetensors").read_bytes()
+    before = (tmp_path / "training.safetensors").read_bytes()
 
     def full(tensors, path, metadata=None):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(OSError):
         BC(hidden=16).fit(replay(), steps=12, out=tmp_path)
-    assert before == (tmp_path/"training.safetensors").read_bytes() and not list(tmp_path.glob("*.tmp"))
+    assert before == (tmp_path / "training.safetensors").read_bytes() and not list(tmp_path.glob("*.tmp"))
 
 
 def test_seeds_differ_and_repeat():
     def w(seed):
         return BC(hidden=16).fit(replay(), steps=3, seed=seed).net.out.weight
+
     assert torch.equal(w(0), w(0)) and not torch.equal(w(0), w(1))
 
 
 def test_callbacks_see_snapshots():
     seen = []
-    last = BC(hidden=16).fit(replay(), steps=10, every=Every(callback=4), callback=lambda p, step: seen.append((p, step)))
+    last = BC(hidden=16).fit(
+        replay(), steps=10, every=Every(callback=4), callback=lambda p, step: seen.append((p, step))
+    )
     assert [s for _, s in seen] == [p.step for p, _ in seen] == [4, 8, 10]
     weights = [p.net.out.weight for p, _ in seen]
     assert torch.equal(weights[-1], last.net.out.weight) and not torch.equal(weights[0], weights[1])
@@ -241,7 +281,7 @@ def test_callbacks_see_snapshots():
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     with pytest.raises(RuntimeError, match="toy: the loss is .* learning rate"):
         Toy(lr=1e30).fit(replay(codec=BOX), steps=40, out=tmp_path, **LOOP)
-    assert not (tmp_path/"policy.safetensors").exists()
+    assert not (tmp_path / "policy.safetensors").exists()
 
 
 def test_threads_are_given_back():
@@ -250,17 +290,21 @@ def test_threads_are_given_back():
     assert torch.get_num_threads() == n
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda out: BC().fit(replay(3), steps=0, out=out), "at least 1"),
-    (lambda out: BC().fit(replay(3), steps=2, seed=[], out=out), "seeds"),
-    (lambda out: BC().fit(replay(3), steps=2, seed=[1, 1], out=out), "no two alike"),
-    (lambda out: BC(batch_size=5).fit(replay(3, 3), steps=2, out=out), "even"),
-    (lambda out: Every(log=0), "every 0 steps a log"), (lambda out: Every(callback=0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda out: BC().fit(replay(3), steps=0, out=out), "at least 1"),
+        (lambda out: BC().fit(replay(3), steps=2, seed=[], out=out), "seeds"),
+        (lambda out: BC().fit(replay(3), steps=2, seed=[1, 1], out=out), "no two alike"),
+        (lambda out: BC(batch_size=5).fit(replay(3, 3), steps=2, out=out), "even"),
+        (lambda out: Every(log=0), "every 0 steps a log"),
+        (lambda out: Every(callback=0), "at least 1"),
+    ],
+)
 def test_bad_settings_leave_nothing_behind(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        call(tmp_path/"out")
-    assert not (tmp_path/"out").exists()
+        call(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_minimise_moves_its_own_parameters_alone():
@@ -298,6 +342,19 @@ def test_steps_per_second_counts_all_seeds():
 
 def test_imagined_data_change_the_result():
     real, imagined = rollouts(9), rollouts(9, source=IMAGINED)
-    one, two = (BC(hidden=16, batch_size=8).fit(Replay([real, imagined], f, encoder=Fake()), steps=3) for f in (.25, .5))
+    one, two = (
+        BC(hidden=16, batch_size=8).fit(Replay([real, imagined], f, encoder=Fake()), steps=3) for f in (0.25, 0.5)
+    )
     assert not torch.equal(one.net.out.weight, two.net.out.weight)
-    assert replace(BC(), lr=.1) != BC()
+    assert replace(BC(), lr=0.1) != BC()
+
+
+def test_a_learner_that_continues_shares_nothing_with_the_first():
+    b = replay(codec=BOX)
+    learner, other = Toy().learner(b, [0]), Toy().learner(b, [0])
+    batches = [b.take(rows) for rows in b.draw(8, 3, [torch_rng(0)])]
+    learner.step(batches[0])
+    other.load(learner.tensors(), 1)
+    for batch in batches[1:]:
+        assert torch.equal(learner.step(batch).loss, other.step(batch).loss)
+    assert all(torch.equal(v, other.tensors()[k]) for k, v in learner.tensors().items())

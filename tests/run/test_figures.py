@@ -1,4 +1,5 @@
 "The last stage of a run, on a run folder that was made up."
+
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ CONFIG = "c0ffee"
 
 class TinyRun(SimpleNamespace):
     "What the stage asks of a `kalm.run.folder.Run`."
+
     def say(self, text: str) -> None:
         self.said.append(text)
 
@@ -33,21 +35,28 @@ def write_rows(run, config: str = CONFIG) -> None:
         for level in ("rephrase", "offline"):
             for seed, step in evaluated:
                 made = dict(method=method, level=level, seed=seed, step=step, successes=5 + seed)
-                write_result(run.out/"results.csv", **made, **about)
+                write_result(run.out / "results.csv", **made, **about)
 
 
 def write_curves(run, *jobs: str) -> None:
     for job in jobs:
         for seed in range(2):
             for step in (10, 20):
-                append_csv(run.out/"policies"/f"{job}-{seed}"/"curve.csv", dict(step=step, loss=1 / step, accuracy=.5))
+                append_csv(
+                    run.out / "policies" / f"{job}-{seed}" / "curve.csv", dict(step=step, loss=1 / step, accuracy=0.5)
+                )
 
 
 @pytest.fixture
 def bare(tmp_path) -> TinyRun:
     "Results and nothing else."
-    run = TinyRun(out=tmp_path/"run", domain=line(), config=CONFIG, said=[],
-                  preset=SimpleNamespace(checkpoints=1, imagined={"rephrase": None}))
+    run = TinyRun(
+        out=tmp_path / "run",
+        domain=line(),
+        config=CONFIG,
+        said=[],
+        preset=SimpleNamespace(checkpoints=1, imagined={"rephrase": None}),
+    )
     write_rows(run)
     return run
 
@@ -59,24 +68,31 @@ def run(bare) -> TinyRun:
     run.preset.checkpoints = 2
     write_curves(run, "bc", "bc+kalm", "cql+kalm-rephrase")
     played = collect(run.domain, run.domain.goals("rephrase"), 6, seed=0, progress=False, keep_failures=True)
-    replace(played, source=np.full(6, IMAGINED)).save(run.out/"imagined"/"rephrase"/"rollouts.npz")
+    replace(played, source=np.full(6, IMAGINED)).save(run.out / "imagined" / "rephrase" / "rollouts.npz")
     lost = replace(played, success=np.zeros(6, bool), truncated=played.success | played.truncated)
-    lost.save(run.out/"acted"/"bc+kalm"/"rephrase.npz")
+    lost.save(run.out / "acted" / "bc+kalm" / "rephrase.npz")
     return run
 
 
 def names(run) -> set[str]:
-    return {p.name for p in (run.out/"figures").iterdir()}
+    return {p.name for p in (run.out / "figures").iterdir()}
 
 
 def test_everything_that_is_there_is_drawn(run):
     figures.figures_stage(run)
-    assert names(run) == {"table.md", "success.png", "learning.png", "curves-bc.png", "curves-cql.png",
-                          "imagined-rephrase.png", "lost-bc+kalm-rephrase.png"}
-    for path in (run.out/"figures").glob("*.png"):
+    assert names(run) == {
+        "table.md",
+        "success.png",
+        "learning.png",
+        "curves-bc.png",
+        "curves-cql.png",
+        "imagined-rephrase.png",
+        "lost-bc+kalm-rephrase.png",
+    }
+    for path in (run.out / "figures").glob("*.png"):
         with Image.open(path) as im:
             assert im.width > 300 and len(np.unique(np.asarray(im.convert("L")))) > 10
-    table = (run.out/"figures"/"table.md").read_text()
+    table = (run.out / "figures" / "table.md").read_text()
     assert table.startswith("| method | offline | rephrase |") and "| bc+kalm |" in table
     assert "bc+kalm" in run.said[0] and "table.md" in run.said[0]
 
@@ -84,14 +100,14 @@ def test_everything_that_is_there_is_drawn(run):
 def test_what_is_not_there_is_left_out_and_the_stage_can_be_repeated(bare):
     figures.figures_stage(bare)
     assert names(bare) == {"table.md", "success.png"}
-    before = {p.name: p.read_bytes() for p in (bare.out/"figures").iterdir()}
+    before = {p.name: p.read_bytes() for p in (bare.out / "figures").iterdir()}
     figures.figures_stage(bare)
-    assert before == {p.name: p.read_bytes() for p in (bare.out/"figures").iterdir()}
+    assert before == {p.name: p.read_bytes() for p in (bare.out / "figures").iterdir()}
 
 
 def test_results_of_another_run_are_not_drawn(bare):
     write_rows(bare, config="other")
-    figures.figures_stage(bare)   # rows of two runs in one table would be refused
+    figures.figures_stage(bare)  # rows of two runs in one table would be refused
     bare.config = "never ran"
     with pytest.raises(FileNotFoundError, match="kalm evaluate"):
         figures.figures_stage(bare)
@@ -101,13 +117,15 @@ def test_seeds_of_a_method_belong_together_and_levels_apart(run):
     write_curves(run, "bc+kalm-rephrase")
     found = figures.policy_curves(run)
     assert {a: {name: len(seeds) for name, seeds in jobs.items()} for a, jobs in found.items()} == {
-        "bc": {"bc": 2, "bc+kalm": 2, "bc+kalm rephrase": 2}, "cql": {"cql+kalm rephrase": 2}}
+        "bc": {"bc": 2, "bc+kalm": 2, "bc+kalm rephrase": 2},
+        "cql": {"cql+kalm rephrase": 2},
+    }
     assert list(found["bc"])[0] == "bc"
 
 
 def test_an_imagined_rollout_that_met_its_goal_is_shown(run):
     "A success, as long as fits on a strip; alone where it cannot be replayed."
-    path = run.out/"imagined"/"rephrase"/"rollouts.npz"
+    path = run.out / "imagined" / "rephrase" / "rollouts.npz"
     r = figures.Rollouts.load(path)
     best = np.minimum(r.lengths, 5)[r.success].max()
     fig = figures.imagined_strip(run, "rephrase")
@@ -120,7 +138,7 @@ def test_an_imagined_rollout_that_met_its_goal_is_shown(run):
 
 
 def test_no_failures_no_strip(run):
-    path = run.out/"acted"/"bc+kalm"/"rephrase.npz"
+    path = run.out / "acted" / "bc+kalm" / "rephrase.npz"
     r = figures.Rollouts.load(path)
     replace(r, success=np.ones(6, bool), truncated=np.zeros(6, bool), failure=np.zeros(6, bool)).save(path)
     assert figures.lost_strip(run, path) is None

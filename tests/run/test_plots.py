@@ -1,4 +1,5 @@
 "Tables, bars and curves: what they show, and what they refuse."
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -30,6 +31,7 @@ def nothing_stays_open():
 
 
 # ---------------------------------------------------------------- tables
+
 
 def test_table_has_our_value_its_interval_the_papers_and_the_evidence():
     text = plots.results_table(ROWS, LEVELS[:1] + LEVELS[3:])
@@ -92,7 +94,7 @@ def test_the_papers_numbers_are_those_of_its_bars():
     assert clevr["success"]["cql"] == dict(offline=56.2, rephrase=26.4, easy=18.0, hard=1.7)
     assert clevr["success"]["bc+kalm"] == dict(offline=52.5, rephrase=43.2, easy=33.5, hard=7.7)
     assert clevr["success"]["cql+kalm"] == dict(offline=48.8, rephrase=40.1, easy=33.2, hard=7.8)
-    assert clevr["success"]["lm"] == dict(rephrase=23.4, easy=15.0, hard=.9)
+    assert clevr["success"]["lm"] == dict(rephrase=23.4, easy=15.0, hard=0.9)
     assert clevr["match"] == dict(rephrase=85, easy=36, hard=28)
 
 
@@ -100,16 +102,17 @@ def test_the_papers_numbers_are_those_of_its_bars():
 
 MACHADO = dict(  # Machado et al. 2009: what is left of linear RGB without one kind of cone
     none=np.eye(3),
-    protanopia=[(.152286, 1.052583, -.204868), (.114503, .786281, .099216), (-.003882, -.048116, 1.051998)],
-    deuteranopia=[(.367322, .860646, -.227968), (.280085, .672501, .047413), (-.011820, .042940, .968881)],
-    tritanopia=[(1.255528, -.076749, -.178779), (-.078411, .930809, .147602), (.004733, .691367, .303900)])
+    protanopia=[(0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)],
+    deuteranopia=[(0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)],
+    tritanopia=[(1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)],
+)
 
 
 def lab(linear: np.ndarray) -> np.ndarray:
     "CIELAB (n, 3) of linear RGB (n, 3)."
-    to_xyz = np.array([(.4124, .3576, .1805), (.2126, .7152, .0722), (.0193, .1192, .9505)])
+    to_xyz = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)])
     t = linear @ to_xyz.T / to_xyz.sum(1)
-    f = np.where(t > .008856, np.cbrt(np.maximum(t, 1e-9)), 7.787 * t + 16 / 116)
+    f = np.where(t > 0.008856, np.cbrt(np.maximum(t, 1e-9)), 7.787 * t + 16 / 116)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
@@ -117,7 +120,7 @@ def lab(linear: np.ndarray) -> np.ndarray:
 def test_methods_can_be_told_apart_by_colour_blind_readers(kind):
     assert set(plots.METHOD_COLOURS) == set(METHODS)
     rgb = np.array([to_rgb(c) for c in plots.METHOD_COLOURS.values()])
-    linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055)**2.4)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = lab(np.clip(linear @ np.array(MACHADO[kind]).T, 0, 1))
     distance = np.linalg.norm(seen[:, None] - seen, axis=-1)
     assert distance[np.triu_indices(len(seen), 1)].min() > 15
@@ -140,11 +143,12 @@ def test_style_ends_with_its_block():
 
 # ---------------------------------------------------------------- bars
 
+
 def test_bars_have_the_height_of_the_rates_and_a_colour_a_method():
     ax = plots.success_bars(ROWS).axes[0]
     drawn = [p for p in ax.patches if np.isfinite(p.get_height())]
     bars = {round(p.get_height(), 6): to_hex(p.get_facecolor()).upper() for p in drawn}
-    assert bars == {60.: plots.METHOD_COLOURS["bc"], 3.: plots.METHOD_COLOURS["bc+kalm"]}
+    assert bars == {60.0: plots.METHOD_COLOURS["bc"], 3.0: plots.METHOD_COLOURS["bc+kalm"]}
     assert ax.get_ylim()[0] == 0
 
 
@@ -162,18 +166,20 @@ def test_intervals_are_wilsons():
 
 
 def test_quality_bars_draw_shares_and_errors():
-    m = dict(rollouts=50, match=.4, replay=.2, step_error=.03, still_error=.05, off_limits=0., too_fast=float("nan"))
-    ax, err = plots.quality_bars({"before": m, "after": m | dict(match=.8, explanation=.9)}, published=36.).axes
+    m = dict(
+        rollouts=50, match=0.4, replay=0.2, step_error=0.03, still_error=0.05, off_limits=0.0, too_fast=float("nan")
+    )
+    ax, err = plots.quality_bars({"before": m, "after": m | dict(match=0.8, explanation=0.9)}, published=36.0).axes
     heights = sorted(round(p.get_height(), 6) for p in ax.patches if np.isfinite(p.get_height()))
     assert heights == [0, 0, 20, 20, 40, 80, 90]
-    assert {round(p.get_height(), 6) for p in err.patches} == {.03}
+    assert {round(p.get_height(), 6) for p in err.patches} == {0.03}
     words = ["meets its goal", "meets its goal", "explained", "steps out"]
     assert [t.get_text().split("\n")[0] for t in ax.get_xticklabels()] == words
-    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "D"] == [36.]
+    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "D"] == [36.0]
 
 
 def test_quality_without_a_step_error_has_one_panel():
-    assert len(plots.quality_bars({"a": dict(rollouts=5, match=.2, step_error=float("nan"))}).axes) == 1
+    assert len(plots.quality_bars({"a": dict(rollouts=5, match=0.2, step_error=float("nan"))}).axes) == 1
 
 
 def test_lengths_are_shares():
@@ -183,10 +189,11 @@ def test_lengths_are_shares():
 
 # ---------------------------------------------------------------- curves
 
+
 def test_curves_draw_the_mean_over_seeds_at_the_steps_they_share():
-    seeds = [[dict(step=str(t), loss=str(v + t)) for t in range(n)] for v, n in ((0., 4), (2., 6))]
+    seeds = [[dict(step=str(t), loss=str(v + t)) for t in range(n)] for v, n in ((0.0, 4), (2.0, 6))]
     line = plots.curves({"bc": seeds}, y=["loss"]).axes[0].lines[0]
-    np.testing.assert_allclose(line.get_xydata(), np.stack([np.arange(4), np.arange(4) + 1.], 1))
+    np.testing.assert_allclose(line.get_xydata(), np.stack([np.arange(4), np.arange(4) + 1.0], 1))
 
 
 def test_a_smoothed_curve_keeps_the_raw_one():
@@ -197,7 +204,7 @@ def test_a_smoothed_curve_keeps_the_raw_one():
 
 
 def test_curves_of_one_method_differ_in_line_style():
-    rows = [dict(step=t, loss=1.) for t in range(3)]
+    rows = [dict(step=t, loss=1.0) for t in range(3)]
     easy, hard, other = plots.curves({"bc+kalm easy": rows, "bc+kalm hard": rows, "bc": rows}).axes[0].lines
     assert easy.get_color() == hard.get_color() != other.get_color()
     assert easy.get_linestyle() != hard.get_linestyle()
@@ -221,24 +228,25 @@ def test_by_checkpoint_has_the_steps_that_all_seeds_share():
     rows += [row("bc", "hard", 2, 9, step=3000), row("bc", "easy", 2, 9, step=3000)]
     at, rates = plots.by_checkpoint(rows, "bc", "hard")
     assert at.tolist() == [1000, 2000]
-    np.testing.assert_allclose(rates, [[.12, .22], [.2, .3]])
+    np.testing.assert_allclose(rates, [[0.12, 0.22], [0.2, 0.3]])
     assert [x.size for x in plots.by_checkpoint(rows, "cql", "hard")] == [0, 0]
 
 
 # ---------------------------------------------------------------- files
 
+
 def test_figures_are_written_whole_and_closed(tmp_path):
     fig = plots.success_bars(ROWS)
     number = fig.number
-    plots.save_figure(fig, tmp_path/"a.png")
-    plots.save_figure(plots.success_bars(ROWS), tmp_path/"b.png")
-    assert Image.open(tmp_path/"a.png").size[0] > 100
-    assert (tmp_path/"a.png").read_bytes() == (tmp_path/"b.png").read_bytes()
+    plots.save_figure(fig, tmp_path / "a.png")
+    plots.save_figure(plots.success_bars(ROWS), tmp_path / "b.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 100
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"] and not plt.fignum_exists(number)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    (tmp_path/"a.png").write_bytes(b"old")
+    (tmp_path / "a.png").write_bytes(b"old")
     fig = plots.success_bars(ROWS)
 
     def full(path, **kw):
@@ -247,30 +255,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fig, "savefig", full)
     with pytest.raises(OSError):
-        plots.save_figure(fig, tmp_path/"a.png")
-    assert (tmp_path/"a.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+        plots.save_figure(fig, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- bad input
 
-FINE = dict(rollouts=10, match=.5, step_error=.1)
+FINE = dict(rollouts=10, match=0.5, step_error=0.1)
 APART = {"bc": [[dict(step=1, loss=1)], [dict(step=2, loss=1)]]}
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: plots.success_bars([]), "no result rows"),
-    (lambda: plots.results_table([dict(method="bc", level="easy")]), "without 'successes'"),
-    (lambda: plots.success_bars(ROWS, levels=["simple"]), "no rows of level 'simple'"),
-    (lambda: plots.curves({}, y=["loss"]), "no curves"),
-    (lambda: plots.curves([dict(step=1, loss=1)], y=["reward"]), "no column 'reward'"),
-    (lambda: plots.curves([dict(step=1, loss="")]), "not all numbers"),
-    (lambda: plots.curves(APART), "in common"),
-    (lambda: plots.quality_bars({}), "no measures"),
-    (lambda: plots.quality_bars({"a": FINE | dict(match=50)}), "match=50"),
-    (lambda: plots.quality_bars({"a": dict(match=.5)}), "rollouts"),
-    (lambda: plots.quality_bars({"a": dict(rollouts=3)}), "is known"),
-    (lambda: plots.length_histogram({}), "no lengths"),
-    (lambda: plots.length_histogram({"a": np.array([.5])}), "whole number")])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: plots.success_bars([]), "no result rows"),
+        (lambda: plots.results_table([dict(method="bc", level="easy")]), "without 'successes'"),
+        (lambda: plots.success_bars(ROWS, levels=["simple"]), "no rows of level 'simple'"),
+        (lambda: plots.curves({}, y=["loss"]), "no curves"),
+        (lambda: plots.curves([dict(step=1, loss=1)], y=["reward"]), "no column 'reward'"),
+        (lambda: plots.curves([dict(step=1, loss="")]), "not all numbers"),
+        (lambda: plots.curves(APART), "in common"),
+        (lambda: plots.quality_bars({}), "no measures"),
+        (lambda: plots.quality_bars({"a": FINE | dict(match=50)}), "match=50"),
+        (lambda: plots.quality_bars({"a": dict(match=0.5)}), "rollouts"),
+        (lambda: plots.quality_bars({"a": dict(rollouts=3)}), "is known"),
+        (lambda: plots.length_histogram({}), "no lengths"),
+        (lambda: plots.length_histogram({"a": np.array([0.5])}), "whole number"),
+    ],
+)
 def test_bad_input_is_named_before_anything_is_drawn(call, said):
     with pytest.raises(ValueError, match=said):
         call()

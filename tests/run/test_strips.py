@@ -1,4 +1,5 @@
 "Pictures of rollouts: what they show, and what they refuse."
+
 from dataclasses import replace
 
 import matplotlib
@@ -19,6 +20,7 @@ from kalm.run import strips  # noqa: E402
 
 class Drawn:
     "A domain that writes down how it is asked to draw, and is `world` in everything else."
+
     def __init__(self, world):
         self.world, self.calls = world, []
 
@@ -50,7 +52,7 @@ def real(world) -> Rollouts:
 @pytest.fixture
 def imagined(real) -> Rollouts:
     "The same actions; each imagined step goes 0.1 further down in the second coordinate, which never moves."
-    shift = -.1 * np.arange(real.max_steps + 1, dtype=np.float32)[:, None] * (np.arange(2) == 1)
+    shift = -0.1 * np.arange(real.max_steps + 1, dtype=np.float32)[:, None] * (np.arange(2) == 1)
     return replace(real, states=real.states + shift, source=np.full(len(real), IMAGINED))
 
 
@@ -59,11 +61,12 @@ def texts(fig) -> list[str]:
 
 
 def long_rollout(goal: Goal | None, n: int = 20) -> Rollout:
-    states = np.stack([np.linspace(0, .5, n + 1), np.zeros(n + 1)], 1).astype(np.float32)
+    states = np.stack([np.linspace(0, 0.5, n + 1), np.zeros(n + 1)], 1).astype(np.float32)
     return Rollout(states, np.ones(n, np.int64), np.zeros(n, np.float32), truncated=True, goal=goal)
 
 
 # ---------------------------------------------------------------- film strips
+
 
 def test_a_strip_has_a_picture_a_state_up_to_the_limit(world, real):
     one = long_rollout(world.goals("offline")[0])
@@ -88,7 +91,7 @@ def test_without_words_the_action_is_named():
     mute, continuous = line(words=False), line(continuous=True, words=False)
     goal = mute.goals("offline")[0]
     assert "0: action 1" in texts(strips.film_strip(mute, long_rollout(goal, 2)))
-    pushed = replace(long_rollout(goal, 2), actions=np.array([[.5], [-1]], np.float32))
+    pushed = replace(long_rollout(goal, 2), actions=np.array([[0.5], [-1]], np.float32))
     assert {"0: 0.50", "1: -1.00"} <= set(texts(strips.film_strip(continuous, pushed)))
 
 
@@ -121,6 +124,7 @@ def test_captions_and_titles_keep_to_their_frames(world):
 
 # ---------------------------------------------------------------- pictures of states
 
+
 def test_a_domain_draws_its_own_states(world, real):
     drawn, one = Drawn(world), real[0]
     strips.film_strip(drawn, one, most=20)
@@ -143,7 +147,7 @@ def test_without_draw_bars_show_shares_of_the_largest_value(world):
     one = long_rollout(None, 2)
     axes = strips.film_strip(world, one).axes
     heights = [[p.get_height() for p in ax.patches] for ax in axes]
-    np.testing.assert_allclose(heights, [[0, 0], [.5, 0], [1, 0]], atol=1e-6)
+    np.testing.assert_allclose(heights, [[0, 0], [0.5, 0], [1, 0]], atol=1e-6)
 
 
 def test_frames_are_pictures_of_each_state(world, real):
@@ -156,12 +160,13 @@ def test_frames_are_pictures_of_each_state(world, real):
 
 # ---------------------------------------------------------------- imagined and real
 
+
 def test_compare_replays_and_tells_the_distance(world, real, imagined):
     i = int(np.argmax(real.lengths <= 5))
     told = texts(strips.compare_strip(world, imagined[[i]]))
-    assert {"imagined", "real", "0: 0.000 apart", "1: 0.050 apart"} <= set(told)   # mean over two parts, one is off
+    assert {"imagined", "real", "0: 0.000 apart", "1: 0.050 apart"} <= set(told)  # mean over two parts, one is off
     n = int(real.lengths[i])
-    assert f"{n}: {.05 * n:.3f} apart\ngoal met ✓" in told
+    assert f"{n}: {0.05 * n:.3f} apart\ngoal met ✓" in told
 
 
 def test_a_unit_stands_beside_the_distance(world, real, imagined):
@@ -189,26 +194,32 @@ def test_rollouts_that_cannot_be_replayed_are_refused(world, imagined):
 
 # ---------------------------------------------------------------- GIFs
 
+
 def test_gifs_are_written_whole(tmp_path):
     frames = np.zeros((3, 8, 8, 3), np.uint8)
     frames[1] = 255
-    strips.gif(frames, tmp_path/"a.gif", fps=4)
-    with Image.open(tmp_path/"a.gif") as im:
+    strips.gif(frames, tmp_path / "a.gif", fps=4)
+    with Image.open(tmp_path / "a.gif") as im:
         assert im.n_frames == 3 and im.info["duration"] == 250
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("call, said", [
-    (lambda w, r: strips.film_strip(w, []), "no rollouts"),
-    (lambda w, r: strips.film_strip(w, r, notes=["one"]), "1 notes for 6"),
-    (lambda w, r: strips.film_strip(w, r, most=1), "at least 2 frames"),
-    (lambda w, r: strips.film_strip(w, replace(r[0], states=np.zeros((3, 9)))), r"shape \(3, 9\)"),
-    (lambda w, r: strips.compare_strip(w, r[:1], r[:2]), "expected as many"),
-    (lambda w, r: strips.compare_strip(w, long_rollout(None, 2), long_rollout(None, 3)), "no more real ones"),
-    (lambda w, r: strips.gif(np.zeros((0, 3)), "never.gif"), "frames"),
-    (lambda w, r: strips.gif(np.zeros((1, 4, 4, 3), np.uint8), "never.gif", fps=0), "fps")])
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda w, r: strips.film_strip(w, []), "no rollouts"),
+        (lambda w, r: strips.film_strip(w, r, notes=["one"]), "1 notes for 6"),
+        (lambda w, r: strips.film_strip(w, r, most=1), "at least 2 frames"),
+        (lambda w, r: strips.film_strip(w, replace(r[0], states=np.zeros((3, 9)))), r"shape \(3, 9\)"),
+        (lambda w, r: strips.compare_strip(w, r[:1], r[:2]), "expected as many"),
+        (lambda w, r: strips.compare_strip(w, long_rollout(None, 2), long_rollout(None, 3)), "no more real ones"),
+        (lambda w, r: strips.gif(np.zeros((0, 3)), "never.gif"), "frames"),
+        (lambda w, r: strips.gif(np.zeros((1, 4, 4, 3), np.uint8), "never.gif", fps=0), "fps"),
+    ],
+)
 def test_bad_input_is_named_before_anything_is_drawn(world, real, call, said):
     with pytest.raises(ValueError, match=said):
         call(world, real)

@@ -1,0 +1,140 @@
+"The command line from data to figures, in small: worlds of other kinds, CLEVR-Robot, stopping, bad input."
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import kalm
+from kalm.core.domain import domain
+from kalm.core.results import read_results
+from kalm.core.rollouts import Rollouts
+from kalm.run.command import STAGES, configure, main, parser, run_stages
+from kalm.run.folder import Run, owned
+from kalm.run.policies import jobs, rows_of
+from kalm.run.presets import Imagined, preset, presets_for
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.mark.parametrize("kind", ["discrete_line", "continuous_line"])
+def test_every_stage_runs_in_a_wrapped_environment(kind, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["run", "--domain", f"worlds:{kind}", "--preset", "smoke", "--out", str(out), "--debug"]) == 0
+    text = capsys.readouterr().out
+    assert "[6/6] figures" in text and "meet their goal in imagination" in text
+    run = Run(preset(domain(f"worlds:{kind}"), "smoke"), f"worlds:{kind}", out)
+    rows = read_results(out / "results.csv")
+    assert {(r["method"], r["level"], r["seed"], r["step"]) for r in rows} == {row.key for row in rows_of(run)}
+    assert {r["domain"] for r in rows} == {kind}
+    imagined = Rollouts.load(out / "imagined" / "rephrase" / "rollouts.npz")
+    assert (imagined.seed >= 0).all() and imagined.domain == kind
+    assert (out / "figures" / "success.png").exists() and (out / "figures" / "table.md").exists()
+    before = (out / "results.csv").read_bytes()
+    assert main(["run", "--domain", f"worlds:{kind}", "--preset", "smoke", "--out", str(out)]) == 0  # nothing to do
+    assert (out / "results.csv").read_bytes() == before
+
+
+def test_continuous_worlds_get_three_algorithms():
+    methods = {job.method for job in jobs(preset(domain("worlds:continuous_line"), "smoke"))}
+    assert methods == {"bc", "bc+kalm", "cql", "cql+kalm", "td3bc", "td3bc+kalm"}
+
+
+@pytest.fixture(scope="module")
+def clevr_run(tmp_path_factory, session_cache):
+    "A run of CLEVR-Robot with every baseline, on very little."
+    os.environ["KALM_CACHE"] = str(session_cache)
+    small = preset(domain("clevr"), "smoke")
+    levels = dict(rephrase=Imagined(4), easy=Imagined(4, tries=2), hard=Imagined(4, parts=True))
+    run = Run(
+        replace(small, episodes=4, imagined=levels, checkpoints=1), "clevr", tmp_path_factory.mktemp("clevr") / "run"
+    )
+    run.spec = ""  # in this process
+    assert run_stages(run, list(STAGES))
+    return run
+
+
+def test_clevr_robot_runs_with_every_baseline(clevr_run):
+    rows = read_results(clevr_run.out / "results.csv", kind="")
+    assert {(r["method"], r["level"], r["seed"], r["step"]) for r in rows} == {row.key for row in rows_of(clevr_run)}
+    assert {r["method"] for r in rows} >= {"bc+kalm", "cql+oracle", "lm", "lm-bc", "expert", "random"}
+
+
+def test_results_tell_kinds_of_sentences_apart(clevr_run):
+    kinds = {r["kind"] for r in read_results(clevr_run.out / "results.csv", level="hard")}
+    assert "" in kinds and len(kinds) > 1
+
+
+def test_a_policy_of_a_run_acts_on_a_sentence(clevr_run):
+    policy = kalm.load_policy(clevr_run.out / "policies" / "bc+kalm-0" / "step-60")
+    states = kalm.domain("clevr").start(kalm.domain("clevr").goals("offline"), [0, 1], [5, 6]).states
+    actions = policy.act(states, "Put the red ball left of the blue one.")
+    assert actions.shape == (2,) and ((0 <= actions) & (actions < 40)).all()
+
+
+def test_a_stage_says_what_it_needs(tmp_path, capsys):
+    args = ["--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]
+    assert main(["train", *args]) == 1
+    assert "run `kalm collect` first" in capsys.readouterr().err
+
+
+def test_a_folder_is_the_place_of_one_run(tmp_path, capsys):
+    args = ["collect", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]
+    assert main(args) == 0
+    assert main([*args, "--seed", "3"]) == 1
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    with owned(tmp_path / "r"):
+        assert (
+            main(["collect", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")])
+            == 1
+        )
+    assert "another process works in" in capsys.readouterr().err
+
+
+def test_a_time_limit_stops_cleanly_and_the_same_command_continues(tmp_path, capsys):
+    args = ["run", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]
+    assert main([*args, "--max-minutes", "1e-9"]) == 0
+    assert "The same command continues" in capsys.readouterr().out
+    assert main(args) == 0
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["run", "--preset", "bset"], "has no preset 'bset'"),
+        (["run", "--domain", "mars"], "unknown domain 'mars'"),
+        (["run", "--domain", "worlds:nothing"], "cannot import domain"),
+        (["run", "--domain", "worlds:SENTENCES"], "is not a domain"),
+        (["run", "--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["run", "--max-minutes", "nan"], "--max-minutes nan: expected more than 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 1
+    err = capsys.readouterr().err.strip()
+    assert message in err and "\n" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_the_preset():
+    a = parser().parse_args("run --preset quick --backbone some/model --seed 5".split())
+    p = configure(a)
+    assert not p.shipped and p.ground.backbone == "some/model" and p.seed == p.ground.seed == 5
+
+
+def test_presets_are_json_and_say_what_they_are_for():
+    for name, p in presets_for(domain("clevr")).items():
+        assert name == p.name and p.about and json.dumps(asdict(p))
+
+
+def test_the_command_is_installed():
+    done = subprocess.run([str(Path(sys.executable).with_name("kalm")), "presets"], capture_output=True, text=True)
+    assert done.returncode == 0 and "smoke" in done.stdout
