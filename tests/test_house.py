@@ -123,22 +123,23 @@ def functions(tree: ast.AST):
 
 @each_module
 def test_code_is_plain(path):
-    text = path.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if not line.startswith("# %% ")]
-    assert max(map(len, lines)) <= 120
-    tree = ast.parse(text)
-    for f in functions(tree):
-        args = f.args.posonlyargs + f.args.args + f.args.kwonlyargs
+    "Lines of at most 120 columns and one statement a line are `ruff`'s part, in the notebooks."
+    for f in functions(ast.parse(path.read_text(encoding="utf-8"))):
+        args = [a.arg for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs if a.arg not in ("self", "cls")]
         assert f.end_lineno - f.lineno < 60, f"{f.name} has {f.end_lineno - f.lineno + 1} lines"
-        assert len([a for a in args if a.arg not in ("self", "cls")]) <= LONG.get(f.name, 8), (
-            f"{f.name} has {len(args)} parameters"
-        )
+        assert len(args) <= LONG.get(f.name, 8), f"{f.name} has {len(args)} parameters"
+
+
+def test_lint():
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()[-3000:]
 
 
 LONG = {
     "__init__": 14,
     "forward": 10,
-    "imagine": 13,
+    "imagine": 14,
     "collect": 10,
     "train": 11,
 }  # settings by keyword, most with defaults
@@ -193,7 +194,7 @@ def test_readme_is_in_step_with_the_index_notebook():
 
 
 def test_readme_is_short():
-    assert len(readme().split()) <= 1000
+    assert len([word for word in readme().split() if re.search("[A-Za-z]", word)]) <= 900
 
 
 def test_links_of_the_readme_lead_to_files():

@@ -90,6 +90,7 @@ class ClevrRobot(Domain):
 
     Actions are ball * 8 + direction. Goals are judged on states alone, so imagined rollouts can be judged too."""
     name = "clevr"
+    unit = "m"  # of the numbers in a state
     levels = LEVELS
     state_space = gym.spaces.Box(*np.tile(WALLS, 5), dtype=np.float32)
     action_space = gym.spaces.Discrete(N_ACTIONS)
