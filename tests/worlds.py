@@ -83,3 +83,29 @@ def discrete_line() -> GymDomain:
 def continuous_line() -> GymDomain:
     "For the command line: `--domain worlds:continuous_line`."
     return line(continuous=True, name="continuous_line")
+
+
+def cart_pole() -> GymDomain:
+    "CartPole: discrete actions, success is to last."
+    def lean(simulator, rows, rng):
+        return (simulator.states[rows, 2] + simulator.states[rows, 3] > 0).astype(np.int64)
+    goals = {"offline": ["Keep the pole upright."], "rephrase": ["Balance it."]}
+    return GymDomain("CartPole-v1", goals, success="survive", behaviours={"lean": lean}, max_steps=12,
+                     name="cart_pole")
+
+
+def pendulum() -> GymDomain:
+    "Pendulum: a continuous action, success is told from states."
+    def swing(simulator, rows, rng):
+        return np.sign(simulator.states[rows, 2:]) * rng.uniform(1, 2, (len(rows), 1))
+    goals = {"offline": ["Swing the pendulum up."], "rephrase": ["Make it point to the sky."]}
+    return GymDomain("Pendulum-v1", goals, success=lambda goal, states, start: states[..., 0] > .5,
+                     behaviours={"swing": Behaviour(swing, keep_failures=True)}, max_steps=12, name="pendulum")
+
+
+def grid() -> GymDomain:
+    "A MiniGrid level: seven actions, success is the end that earns a reward."
+    import minigrid  # noqa: F401, registers the levels
+    goals = {"offline": ["Go to the green square."], "rephrase": ["Reach the goal."]}
+    return GymDomain("MiniGrid-Empty-Random-5x5-v0", goals, success="terminated", max_steps=12, name="grid",
+                     observe=lambda o: np.append(o["image"][..., 0].ravel() / 10, o["direction"]))

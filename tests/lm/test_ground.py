@@ -596,15 +596,18 @@ def test_options_train_and_come_back(change, domain, data, tmp_path, monkeypatch
     assert back.own_parameters().keys() == lm.own_parameters().keys()
 
 
+# Each process keeps its own file: lines that two processes print can land in one another.
 SHARED = """
-import sys
+import os, sys
+from pathlib import Path
 from lively import made_up
 from test_ground import CONFIG
 from worlds import line
 from kalm.lm.ground import ground
 domain = line()
 lm = ground(domain, made_up(domain, 24, 5), CONFIG, out=sys.argv[1], max_minutes=5)
-print("weights", sum(float(p.detach().double().abs().sum()) for p in lm.own_parameters().values()))
+total = sum(float(p.detach().double().abs().sum()) for p in lm.own_parameters().values())
+Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text(repr(total))
 """
 
 
@@ -622,8 +625,9 @@ def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path)
         OMP_NUM_THREADS="1",
         PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")]),
     )
-    said = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("weights")]
-    assert len(said) == 2 and said[0] == said[1], done.stderr[-2000:]
+    ends = [tmp_path / f"out-{rank}" for rank in (0, 1)]
+    assert all(end.exists() for end in ends), done.stderr[-2000:]
+    assert ends[0].read_text() == ends[1].read_text()
     assert [row["step"] for row in log(tmp_path / "out")] == ["2", "4", "6", "8"]
     assert (tmp_path / "out" / "kalm.json").exists()
 

@@ -21,12 +21,15 @@ from kalm.run.presets import Imagined, preset, presets_for
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-@pytest.mark.parametrize("kind", ["discrete_line", "continuous_line"])
+WORLDS = ["discrete_line", "continuous_line", "cart_pole", "pendulum", "grid"]
+
+
+@pytest.mark.parametrize("kind", WORLDS)
 def test_every_stage_runs_in_a_wrapped_environment(kind, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["run", "--domain", f"worlds:{kind}", "--preset", "smoke", "--out", str(out), "--debug"]) == 0
     text = capsys.readouterr().out
-    assert "[6/6] figures" in text and "meet their goal in imagination" in text
+    assert "[6/6] figures" in text and "imagined rollouts are kept" in text
     run = Run(preset(domain(f"worlds:{kind}"), "smoke"), f"worlds:{kind}", out)
     rows = read_results(out / "results.csv")
     assert {(r["method"], r["level"], r["seed"], r["step"]) for r in rows} == {row.key for row in rows_of(run)}
