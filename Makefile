@@ -28,7 +28,7 @@ test: install  ## lint, layers, package in step with notebooks, pytest, every no
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/lint-imports --no-cache >/tmp/kalm-layers.$$$$ 2>&1 || (cat /tmp/kalm-layers.$$$$; exit 1)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope tests
 	@echo "== notebooks"
 	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --timing
 

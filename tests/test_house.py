@@ -139,7 +139,6 @@ def test_lint():
 LONG = {
     "__init__": 14,
     "forward": 10,
-    "imagine": 14,
     "collect": 10,
     "train": 11,
 }  # settings by keyword, most with defaults

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from fastcore.meta import delegates
 from tqdm import tqdm
 
 from ..core.domain import Domain, Limits, check_domain, codec_of, judge_reward, judge_success
@@ -47,14 +48,15 @@ class Imagination:
     cached: bool = True           # keep keys and values; False is slow and works with any backbone
     part_steps: int = 12          # by parts: most steps for a part before the next one has its turn
     rounds: int = 4               # by parts: how often each part has its turn
-    progress: bool = False        # a bar, on a terminal
+    tries: int = 8                # for `imagine_filtered`: imaginations that a rollout gets until one passes
+    progress: bool = True         # a bar, on a terminal
 
     def __post_init__(self):
         if self.stop is not None and self.stop not in STOPS:
             raise ValueError(f"stop {self.stop!r}: one of {', '.join(STOPS)}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}: expected 0 or more, a share above 0")
-        least = dict(seed=0, max_steps=0, rank=0, batch_size=1, part_steps=1, rounds=1)
+        least = dict(seed=0, max_steps=0, rank=0, batch_size=1, part_steps=1, rounds=1, tries=1)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -235,15 +237,13 @@ def generate(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
 
 # %% ../../nbs/lm/70_imagine.ipynb #b6dc1268
 def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
-                     seeds: np.ndarray | None = None, settings: Imagination = Imagination(), tries: int = 8
+                     seeds: np.ndarray | None = None, settings: Imagination = Imagination()
                     ) -> tuple[Rollouts, np.ndarray]: # rollouts, (B,) which passed
-    "One rollout a row, and whether it passed the round trip within `tries`; the first try's where none did."
-    if tries < 1:
-        raise ValueError(f"tries {tries}: expected 1 or more")
+    "One rollout a row, and whether it passed the round trip within some tries; the first try's where none did."
     check_words(domain, "filter='round_trip'")
     index, states = check_request(lm, domain, goals, index, states)
     passed, parts, rows = np.zeros(len(states), bool), [], []
-    for k in range(tries if lm.codec.shape else min(tries, lm.codec.n)):
+    for k in range(settings.tries if lm.codec.shape else min(settings.tries, lm.codec.n)):
         again = np.flatnonzero(~passed)
         if k and not len(again):
             break
@@ -361,6 +361,7 @@ def imagine_by_parts(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: n
 FILTERS = ("round_trip", "limits")
 
 
+@delegates(Imagination)
 def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             n: int,                           # rollouts in all, goals in turn
             seed: int = 0,                    # decides goals, starts and draws
@@ -368,31 +369,23 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             filter: str | None = None,        # drop rollouts: "round_trip" if the model's words contradict the goal,
                                               # "limits" if a step is unreal
             parts: bool = False,              # imagine the parts of a goal one after the other
-            max_steps: int | None = None,     # at most; the goals' own limits hold too
-            temperature: float = 0.,          # 0: always the likeliest action
-            tries: int = 8,                   # with "round_trip": first actions tried before a rollout is dropped
-            stop: str | None = None,          # "success", "done" (the model says so) or "limit"; if not given success
-                                              # where the domain judges states, else done
-            batch_size: int = 128,            # rollouts side by side
-            progress: bool = True             # a bar, on a terminal
+            **kwargs                          # fields of `Imagination`: max_steps, temperature, stop, tries ...
            ) -> Rollouts:                     # fewer than n if a filter dropped some
     "Rollouts that the model imagines for `goals`. `ValueError` for options that the domain cannot serve."
-    settings = Imagination(seed=seed, max_steps=max_steps, temperature=temperature, stop=stop, batch_size=batch_size,
-                           progress=progress)
-    goals = list(goals)
+    settings, goals = Imagination(seed=seed, **kwargs), list(goals)
     _check_options(domain, goals, n, starts, filter, parts)
     index = in_turn(goals, n, numpy_rng(seed, "imagine", "goals"))
     seeds = start_seeds(seed, n, "imagine") if starts is None else None
     if starts is None:
         starts = start_states(domain, goals, index, seeds)
-    return _imagined((lm, domain, goals, index, starts, seeds, settings), filter, parts, tries)
+    return _imagined((lm, domain, goals, index, starts, seeds, settings), filter, parts)
 
 
-def _imagined(request: tuple, filter: str | None, parts: bool, tries: int) -> Rollouts:
+def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
     "What was asked for, imagined in the way that the options say."
     lm, domain, *_, settings = request
     if filter == "round_trip" and not parts:
-        out, keep = imagine_filtered(*request, tries=tries)
+        out, keep = imagine_filtered(*request)
         return out[keep]
     out = (imagine_by_parts if parts else generate)(*request)
     if filter == "round_trip":
@@ -407,6 +400,9 @@ def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter
     check_domain(domain)
     if not goals or n < 1:
         raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")
+    judged = {goal.level for goal in goals} & set(getattr(domain, "judged_only", ()))
+    if judged:
+        raise ValueError(f"goals of level {min(judged)!r} are for evaluation alone: imagine for other levels")
     if starts is not None and len(starts) != n:
         raise ValueError(f"{len(starts)} starts for {n} rollouts: give one each")
     if filter is not None and filter not in FILTERS:

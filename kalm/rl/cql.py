@@ -214,6 +214,7 @@ def _move_targets(self: _ContinuousLearner) -> None:
 
 @patch
 def update(self: _ContinuousLearner, batch: Batch) -> ContinuousCQLLoss:
+    "One step of the critics, the actor, the weight of entropy and the copies."
     part = self.actor.goal_part(batch.encodings)
     parts = [net.goal_part(batch.encodings) for net in self.critics]
     td, conservative, q = self._critic_terms(batch, part.detach(), parts)

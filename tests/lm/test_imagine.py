@@ -342,10 +342,10 @@ def test_there_are_no_more_tries_than_actions(discrete, monkeypatch):
     starts = np.zeros((3, 2), np.float32)
     answers = Answers([99] * 3, starts)
     monkeypatch.setattr(imagine_module, "round_trip", answers)
-    _, ok = imagine_filtered(*discrete, [RIGHT], np.zeros(3, int), starts, settings=Imagination(max_steps=1), tries=8)
+    _, ok = imagine_filtered(*discrete, [RIGHT], np.zeros(3, int), starts, settings=Imagination(max_steps=1, tries=8))
     assert len(answers.calls) == 2 and not ok.any()
     with pytest.raises(ValueError, match="tries 0"):
-        imagine_filtered(*discrete, [RIGHT], np.zeros(3, int), starts, tries=0)
+        Imagination(tries=0)
 
 
 def test_the_front_door_drops_what_did_not_pass(discrete, monkeypatch):

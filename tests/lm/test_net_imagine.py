@@ -130,7 +130,7 @@ def test_filtered_rollouts(lm, clevr):
     z, d = stored("trusted-easy")
     rows = np.arange(24) if ALL else np.argsort(~z["passed"], kind="stable")[:4]
     goals, index, starts = goals_of(d["goals"]), z["index"][rows], z["starts"][rows]
-    r, passed = imagine_filtered(lm, clevr, goals, index, starts, settings=settings_of(d), tries=4)
+    r, passed = imagine_filtered(lm, clevr, goals, index, starts, settings=replace(settings_of(d), tries=4))
     agree(r, {k: v[rows] for k, v in z.items()})
     said = round_trip(lm, r, clevr.words)[1]
     assert (passed == z["passed"][rows]).mean() > 0.7 and alike(said, [d["said"][b] for b in rows])

@@ -1,0 +1,149 @@
+"""Train variants of the policies and judge each: results/policy_ablations.csv, a row a variant, method, level and seed.
+
+    kalm run --preset quick --out runs/quick
+    python experiments/ablate_policies.py [--run runs/quick] [--steps 20000] [--episodes 1000] [--only base greedy ...]
+
+A variant differs in one respect from the preset of the run (`paper` and `paper_cql` in everything that we do otherwise)
+and learns from the run's real and imagined rollouts, with as many gradient steps (`short` with an eighth as many).
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tables import add, there
+
+import kalm
+from kalm.core.files import load_json, numpy_rng
+from kalm.core.rollouts import Rollouts
+from kalm.rl.bc import BC
+from kalm.rl.cql import CQL
+from kalm.run.folder import Run, commit, need
+from kalm.run.policies import Job, datasets, evaluate_policy, in_processes, jobs, rows_of, train_job
+from kalm.run.presets import OURS, Mixing, Training, preset
+
+OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
+PAPERS = Mixing()
+
+
+def some(share: float) -> Callable[[Rollouts, str], Rollouts]:
+    "A part of the imagined rollouts."
+    return lambda r, level: r[numpy_rng(0, "part", level).random(len(r)) < share]
+
+
+def first_wordings(n: int) -> Callable[[Rollouts, str], Rollouts]:
+    "Only rollouts for the first `n` sentences of each goal of *rephrase*."
+    def choose(r: Rollouts, level: str) -> Rollouts:
+        if level != "rephrase":
+            return r
+        place, seen = np.zeros(len(r.goals), int), {}
+        for i, goal in enumerate(r.goals):
+            meant = str(goal.task)
+            place[i] = seen[meant] = seen.get(meant, -1) + 1
+        return r[place[r.goal] < n]
+    return choose
+
+
+@dataclass(frozen=True)
+class Variant:
+    "How policies are made; the defaults are those of the presets."
+    algorithm: BC | CQL = OUR_BC
+    mixing: Mixing = OURS
+    imagined: Callable | None = None  # what is made of a level's imagined rollouts
+    times: float = 1.                 # as many gradient steps as the others
+
+    @property
+    def alone(self) -> bool:
+        "Whether policies without imagined rollouts can differ from those of `base`."
+        def real(m: Mixing) -> tuple:
+            return m.last_steps, m.augment, m.whitening
+        return self == Variant() or (self.algorithm, real(self.mixing), self.times) != (OUR_BC, real(OURS), 1.)
+
+
+def mixed(**change) -> Variant:
+    return Variant(mixing=replace(OURS, **change))
+
+
+VARIANTS = dict(
+    base=Variant(), cql=Variant(OUR_CQL), paper=Variant(BC(), PAPERS),
+    paper_cql=Variant(CQL(lr=OUR_CQL.lr, target_every=OUR_CQL.target_every), PAPERS),
+    greedy=Variant(replace(OUR_BC, temperature=0.)), cql_greedy=Variant(replace(OUR_CQL, temperature=0.)),
+    beta=Variant(BC(beta=.5, temperature=.2)),
+    within_1=mixed(last_steps=1), within_4=mixed(last_steps=4), within_all=mixed(last_steps=0),
+    no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.), apart=mixed(policy_per_level=True),
+    imagined_4=Variant(imagined=lambda r, level: r[r.success].last(4)),
+    imagined_won=Variant(imagined=lambda r, level: r[r.success]),
+    half=Variant(imagined=some(.5)), quarter=Variant(imagined=some(.25)),
+    wordings_1=Variant(imagined=first_wordings(1)), wordings_3=Variant(imagined=first_wordings(3)),
+    share_10=mixed(imagined_fraction=.1), share_50=mixed(imagined_fraction=.5),
+    share_75=mixed(imagined_fraction=.75), share_100=mixed(imagined_fraction=1.), short=Variant(times=1/8))
+
+
+def open_variant(base: Run, name: str, a: argparse.Namespace) -> Run:
+    "A run folder of its own: the base's rollouts, other policies."
+    v = VARIANTS[name]
+    p = replace(base.preset, name=f"{base.preset.name}-{name}", mixing=v.mixing, seeds=a.seeds, episodes=a.episodes,
+                trainings=(Training(v.algorithm, round(a.steps * v.times)),), checkpoints=1, baselines=())
+    run = Run(p, "clevr", a.out / name)
+    links = ["data"] if v.imagined else ["data", "imagined"]
+    for folder in links:
+        if not (run.out / folder).exists():
+            (run.out / folder).symlink_to((base.out / folder).resolve())
+    for level in p.imagined if v.imagined else ():
+        made = Rollouts.load(need(base.out / "imagined" / level / "rollouts.npz", "imagine"))
+        v.imagined(made, level).save(run.out / "imagined" / level / "rollouts.npz")
+    return run
+
+
+def counted(run: Run, job: Job) -> tuple[int, int]:
+    "Imagined and real transitions that a job learns from."
+    real, *imagined = [int(r.lengths.sum()) for r in datasets(run, job)]
+    return sum(imagined), real
+
+
+def measure(base: Run, name: str, a: argparse.Namespace) -> None:
+    "Train and judge one variant, and add its rows."
+    run = open_variant(base, name, a)
+    todo = [job for job in jobs(run.preset) if VARIANTS[name].alone or job.source]
+    list(in_processes(run, train_job, [(job, (job,)) for job in todo]))
+    sizes = {job.method: counted(run, job) for job in todo}
+    rows = [row for row in rows_of(run) if row.folder and row.method in sizes]
+    for row, e in in_processes(run, evaluate_policy, [(row, (row,)) for row in rows]):
+        imagined, real = sizes[row.method]
+        add(a.results, dict(preset=base.preset.name, config=base.config, steps=row.step, episodes=e.episodes,
+                            commit=commit(), backend=base.preset.ground.backbone, variant=name, method=row.method,
+                            level=row.level, seed=row.seed, successes=e.successes, imagined=imagined, real=real))
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--run", type=Path, default=Path("runs/quick"), help="folder of a run with imagined rollouts")
+    p.add_argument("--steps", type=int, default=20_000)
+    p.add_argument("--episodes", type=int, default=1000)
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--only", nargs="+", help="variants")
+    p.add_argument("--list", action="store_true", help="show the variants")
+    p.add_argument("--out", type=Path, default=Path("runs/policy_ablations"))
+    p.add_argument("--results", type=Path, default=Path("results/policy_ablations.csv"))
+    return p.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    if a.list:
+        return print("\n".join(VARIANTS))
+    unknown = set(a.only or ()) - set(VARIANTS)
+    if unknown:
+        raise SystemExit(f"unknown variants {', '.join(sorted(unknown))}: expected some of {', '.join(VARIANTS)}")
+    settings = load_json(need(a.run / "config.json", "run"))
+    base = Run(preset(kalm.domain("clevr"), settings["name"]).with_seed(settings["seed"]), "clevr", a.run)
+    for name in a.only or VARIANTS:
+        steps = round(a.steps * VARIANTS[name].times)
+        if not there(a.results, config=base.config, variant=name, steps=steps, episodes=a.episodes):
+            measure(base, name, a)
+
+
+if __name__ == "__main__":
+    main()
