@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import kalm
-from kalm.clevr.env import DIRECTIONS, initial_states, load_model, physics_of
+from kalm.clevr.goals import DIRECTIONS
+from kalm.clevr.physics import initial_states, load_model, physics_of
 from kalm.core.episodes import collect
 from kalm.core.files import load_json, save_json
 from kalm.lm.examples import Examples

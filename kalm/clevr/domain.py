@@ -11,7 +11,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 
-from .env import MAX_STEP, N_ACTIONS, TABLE, WALLS, ClevrSimulator
+from .physics import MAX_STEP, N_ACTIONS, TABLE, WALLS, ClevrSimulator
 from .expert import BEHAVIOURS, INSIDE
 from .goals import COMPASS_VECTORS, DIRECTIONS, LEVELS, TYPES, balls, goal_table, reward_rows, success_rows
 from .sentences import goal_set
@@ -133,6 +133,11 @@ class ClevrRobot(Domain):
         "The table from above, see `kalm.clevr.draw`."
         from kalm.clevr.draw import draw  # here, because Matplotlib takes a second to load and most uses draw nothing
         draw(ax, state, before, action, goal)
+
+    def action_words(self, action: int) -> str:
+        "The ball and the way it is pushed, such as `red ↗`."
+        from kalm.clevr.draw import action_words
+        return action_words(int(action))
 
     def __repr__(self) -> str:
         return "ClevrRobot()" if self.threads is None else f"ClevrRobot(threads={self.threads})"

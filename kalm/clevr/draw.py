@@ -14,7 +14,8 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
-from .env import REACH, REST_Z, WALLS, load_model, render_states
+from .physics import REACH, REST_Z, WALLS, load_model
+from .render import render_states
 from kalm.clevr.goals import (
     COLOURS,
     COMPASS,
@@ -153,7 +154,7 @@ def _one_state(state: np.ndarray, name: str) -> np.ndarray: # (5, 2)
 def project(points: np.ndarray,    # (N, 2) on the table, at the height of the balls' centres, metres
             size: tuple[int, int]  # height, width of the picture
            ) -> np.ndarray:        # (N, 2) column, row
-    "Where points appear in pictures of `kalm.clevr.env.render_states`."
+    "Where points appear in pictures of `kalm.clevr.render.render_states`."
     model = load_model()
     camera, (height, width) = model.camera("front"), size
     points = np.c_[points, np.full(len(points), REST_Z)]

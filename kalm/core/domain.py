@@ -214,6 +214,8 @@ class Domain(Protocol):
     # at(goals, index, states) -> Simulator: episodes that stand, at rest, at given states (B, S)
     # symmetries(rollouts, n, seed) -> Rollouts: copies that the world cannot tell from the given ones
     # draw(ax, state, before=None, action=None, goal=None): a picture of a state (S,) on matplotlib axes
+    # action_words(action) -> str: an action in a few characters, for pictures
+    # unit: str, of the numbers in a state, for labels
 
 # %% ../../nbs/core/50_domain.ipynb #32d5eaea
 REQUIRED = ("name", "levels", "state_space", "action_space", "goals", "start")

@@ -418,7 +418,7 @@ def quality_bars(measures: Mapping[str, object],  # name -> Quality, or its fiel
         _share_bars(axes[0][0], data, shown, colour, published)
         if with_error:
             _error_bars(axes[0][1], data, colour, unit)
-        names = [f"{name} ({d['rollouts']:,} rollouts)" for name, d in data.items()]
+        names = [f"{name} ({int(d['rollouts']):,} rollouts)" for name, d in data.items()]
         fig.legend(*_handles(axes[0][0], names), loc="outside upper center", ncols=3)
     return fig
 

@@ -95,7 +95,7 @@ def step_text(domain: Domain, rollout: Rollout, t: int) -> str:
     "What happened in a step in the domain's words, or else its action."
     words = getattr(domain, "words", None)
     said = words.caption(rollout.states[t], rollout.states[t + 1]) if words is not None else ""
-    return said or action_text(rollout.actions[t])
+    return said or getattr(domain, "action_words", action_text)(rollout.actions[t])
 
 
 _VERDICTS = {True: "goal met ✓", False: "goal not met ✗", None: ""}

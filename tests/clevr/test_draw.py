@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch, Wedge
 
 from kalm.clevr.draw import BALL_COLOURS, action_words, draw, draw_camera, project
-from kalm.clevr.env import can_render, render_states
 from kalm.clevr.goals import GATHERED, all_of, gather, line_up, move, push, success
+from kalm.clevr.render import can_render, render_states
 from kalm.core.files import numpy_rng
 from kalm.core.goals import Goal
 

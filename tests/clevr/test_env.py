@@ -14,6 +14,8 @@ from gymnasium.vector import AutoresetMode
 
 import kalm  # noqa: F401, registers the environments
 from kalm.clevr import env as E
+from kalm.clevr import physics as P
+from kalm.clevr import render as V
 from kalm.clevr.goals import COLOURS, COMPASS, all_of, gather, line_up, move, push, reward_rows, success, success_rows
 from kalm.clevr.sentences import goal_set
 from kalm.core.goals import Goal
@@ -47,7 +49,7 @@ def gold():
 
 @pytest.fixture
 def gl():
-    if not E.can_render():
+    if not V.can_render():
         pytest.skip("no OpenGL here")
 
 
@@ -119,7 +121,7 @@ def test_returned_arrays_belong_to_the_caller():
 
 
 def test_callers_start_is_not_changed():
-    e, physics, state = make(), E.physics_of(STATE), STATE.copy()
+    e, physics, state = make(), P.physics_of(STATE), STATE.copy()
     before = physics.copy()
     e.reset(options={"state": state})
     e.step(0)
@@ -133,17 +135,17 @@ def test_callers_start_is_not_changed():
 
 def test_every_real_state_is_on_the_table_and_within_the_limits():
     "All of them: `TABLE` is the region that real rollouts reach, and what imagination is judged by."
-    engine, rng = E.Physics(1), np.random.default_rng(0)
-    physics, space = E.physics_of(E.initial_states(60, rng)), make().observation_space
+    engine, rng = P.Physics(1), np.random.default_rng(0)
+    physics, space = P.physics_of(P.initial_states(60, rng)), make().observation_space
     for t in range(25):
-        before = E.states_of(physics)
+        before = P.states_of(physics)
         stubborn = np.arange(60) % 40
         physics = engine.step(physics, rng.integers(0, 40, 60) if t % 2 else stubborn)
-        after = E.states_of(physics)
+        after = P.states_of(physics)
         assert np.isfinite(physics).all() and all(s in space for s in after)
         xy = np.stack([before, after]).reshape(-1, 2)
-        assert ((xy >= E.TABLE[0]) & (xy <= E.TABLE[1])).all()
-        assert np.linalg.norm((after - before).reshape(-1, 2), axis=-1).max() <= E.MAX_STEP
+        assert ((xy >= P.TABLE[0]) & (xy <= P.TABLE[1])).all()
+        assert np.linalg.norm((after - before).reshape(-1, 2), axis=-1).max() <= P.MAX_STEP
 
 
 # --- episodes
@@ -186,19 +188,19 @@ def test_a_push_has_one_step():
 # --- starts
 
 def test_start_distribution():
-    s = E.initial_states(2000, np.random.default_rng(0)).astype(np.float64).reshape(-1, 5, 2)
+    s = P.initial_states(2000, np.random.default_rng(0)).astype(np.float64).reshape(-1, 5, 2)
     assert s.shape[0] == 2000 and (s >= [-.5 - 1e-6, -.3 - 1e-6]).all() and (s <= .5 + 1e-6).all()
     i, j = np.triu_indices(5, 1)
     gap = s[:, i] - s[:, j]
     assert np.linalg.norm(gap, axis=-1).min() >= .36 - 1e-6 and np.abs(gap).min() > .01 - 1e-6
     assert len(np.unique(s, axis=0)) == 2000
-    assert np.array_equal(E.initial_states(7, np.random.default_rng(1)), E.initial_states(7, np.random.default_rng(1)))
-    assert E.initial_states(0, np.random.default_rng(1)).shape == (0, 10)
+    assert np.array_equal(P.initial_states(7, np.random.default_rng(1)), P.initial_states(7, np.random.default_rng(1)))
+    assert P.initial_states(0, np.random.default_rng(1)).shape == (0, 10)
 
 
 def test_starts_by_seed_come_from_the_same_distribution():
-    seeded = E.start_states([line_up()], np.zeros(2000, int), np.arange(2000))   # a goal that no start fulfils
-    drawn = E.initial_states(4000, np.random.default_rng(0))
+    seeded = P.start_states([line_up()], np.zeros(2000, int), np.arange(2000))   # a goal that no start fulfils
+    drawn = P.initial_states(4000, np.random.default_rng(0))
     assert len(np.unique(seeded, axis=0)) == 2000
     for q in (.1, .25, .5, .75, .9):
         assert np.abs(np.quantile(seeded, q, axis=0) - np.quantile(drawn, q, axis=0)).max() < .08
@@ -207,22 +209,22 @@ def test_starts_by_seed_come_from_the_same_distribution():
 def test_a_start_depends_on_task_and_seed_alone():
     rng = np.random.default_rng(0)
     index, seeds = rng.integers(len(GOALS), size=60), rng.integers(0, 2**31 - 1, 60)
-    starts = E.start_states(GOALS, index, seeds)
+    starts = P.start_states(GOALS, index, seeds)
     order = rng.permutation(60)
-    assert np.array_equal(E.start_states(GOALS, index[order], seeds[order]), starts[order])
-    alone = [E.start_states([GOALS[i]], [0], [s])[0] for i, s in zip(index, seeds)]
+    assert np.array_equal(P.start_states(GOALS, index[order], seeds[order]), starts[order])
+    alone = [P.start_states([GOALS[i]], [0], [s])[0] for i, s in zip(index, seeds)]
     assert np.array_equal(alone, starts)
     in_other_words = [g.replace(text="Do it.", level="rephrase") for g in GOALS]
-    assert np.array_equal(E.start_states(in_other_words, index, seeds), starts)
+    assert np.array_equal(P.start_states(in_other_words, index, seeds), starts)
     environment = [make(goal=GOALS[i]).reset(seed=int(s))[0] for i, s in zip(index[:10], seeds)]
     assert np.array_equal(environment, starts[:10])
-    assert E.start_states(GOALS, [], []).shape == (0, 10)
+    assert P.start_states(GOALS, [], []).shape == (0, 10)
 
 
 def test_starts_never_fulfil_the_goal_already():
     goal = move("red", "blue", "left")
-    assert success(goal, E.initial_states(3000, np.random.default_rng(3))).any()  # without the check it happens
-    starts = E.start_states([goal], np.zeros(3000, int), np.arange(3000))
+    assert success(goal, P.initial_states(3000, np.random.default_rng(3))).any()  # without the check it happens
+    starts = P.start_states([goal], np.zeros(3000, int), np.arange(3000))
     assert not success(goal, starts).any()
     e = make(goal=goal)
     e.reset(seed=0)
@@ -233,13 +235,13 @@ def test_starts_never_fulfil_the_goal_already():
                                          ([.5, 1.], "expected whole numbers"), ([1], "for 1 rows")])
 def test_bad_seeds(seeds, says):
     with pytest.raises(ValueError, match=says):
-        E.start_states(GOALS, [0, 1], seeds)
+        P.start_states(GOALS, [0, 1], seeds)
 
 
 # --- physics
 
 def test_model_has_named_parts_and_its_fixes():
-    raw, model = mujoco.MjModel.from_xml_string(E.model_xml()), E.load_model()
+    raw, model = mujoco.MjModel.from_xml_string(P.model_xml()), P.load_model()
     counts = dict(body=raw.nbody, joint=raw.njnt, geom=raw.ngeom, actuator=raw.nu, pair=raw.npair)
     for kind, n in counts.items():
         names = [getattr(raw, kind)(i).name for i in range(n)]
@@ -250,7 +252,7 @@ def test_model_has_named_parts_and_its_fixes():
 
 
 def test_margins_mean_the_same_whether_they_are_summed_or_the_larger_counts():
-    model = E.load_model()
+    model = P.load_model()
     assert np.allclose(model.pair_margin, .002) and (model.geom_margin == 0).all()
     touching = {frozenset((model.geom(a).name, model.geom(b).name)) for a, b in zip(model.pair_geom1, model.pair_geom2)}
     assert len(touching) == 40                              # every contact there can be is an explicit pair ...
@@ -260,10 +262,10 @@ def test_margins_mean_the_same_whether_they_are_summed_or_the_larger_counts():
 
 
 def test_states_and_physics_are_inverse():
-    s = E.initial_states(12, np.random.default_rng(0)).reshape(3, 4, 10)
-    p = E.physics_of(s)
-    assert p.shape == (3, 4, 69) and p.dtype == np.float64 and E.states_of(p).dtype == np.float32
-    assert np.array_equal(E.states_of(p), s) and (p[..., 37:] == 0).all()
+    s = P.initial_states(12, np.random.default_rng(0)).reshape(3, 4, 10)
+    p = P.physics_of(s)
+    assert p.shape == (3, 4, 69) and p.dtype == np.float64 and P.states_of(p).dtype == np.float32
+    assert np.array_equal(P.states_of(p), s) and (p[..., 37:] == 0).all()
 
 
 def test_explicit_physics_is_kept_exactly():
@@ -273,13 +275,13 @@ def test_explicit_physics_is_kept_exactly():
     p = e.physics
     assert p.shape == (69,) and p.dtype == np.float64 and np.abs(p[37:]).max() > 0
     obs, _ = e.reset(options={"physics": p})
-    assert np.array_equal(e.physics, p) and np.array_equal(obs, E.states_of(p))
+    assert np.array_equal(e.physics, p) and np.array_equal(obs, P.states_of(p))
     obs, _ = e.reset(options={"state": STATE})
     assert np.array_equal(obs, STATE)
 
 
 def test_golden_next_states(gold):
-    after = E.states_of(E.Physics().step(gold["physics"], gold["action"]))
+    after = P.states_of(P.Physics().step(gold["physics"], gold["action"]))
     assert len(after) == len(gold["action"]) > 400
     assert np.abs(after - gold["next_state"]).max() < 1e-5
 
@@ -297,17 +299,17 @@ def test_golden_through_the_environment(gold):
 
 @pytest.mark.parametrize("trap", ["inverse weight", "margin"])
 def test_either_version_trap_would_spoil_the_golden_check(gold, trap):
-    xml = E.model_xml().replace('margin="0.002"', 'margin="0.004"') if trap == "margin" else E.model_xml()
+    xml = P.model_xml().replace('margin="0.002"', 'margin="0.004"') if trap == "margin" else P.model_xml()
     model = mujoco.MjModel.from_xml_string(xml)
     if trap == "margin":
-        model.dof_invweight0[:] = E.load_model().dof_invweight0
-        model.body_invweight0[:] = E.load_model().body_invweight0
+        model.dof_invweight0[:] = P.load_model().dof_invweight0
+        model.body_invweight0[:] = P.load_model().body_invweight0
     data, worst = mujoco.MjData(model), 0
     for p, a, s in zip(gold["physics"][:60], gold["action"], gold["next_state"]):
-        E._load(data, p)
-        E._aim(data, int(a))
-        mujoco.mj_step(model, data, nstep=E.SUBSTEPS)
-        worst = max(worst, np.abs(E.states_of(data.qpos) - s).max())
+        P.load_physics(data, p)
+        P.aim(data, int(a))
+        mujoco.mj_step(model, data, nstep=P.SUBSTEPS)
+        worst = max(worst, np.abs(P.states_of(data.qpos) - s).max())
     assert worst > 1e-3
 
 
@@ -334,13 +336,13 @@ def test_batched_and_single_agree_bit_for_bit(threads):
 
 
 def test_physics_is_a_function_of_its_arguments():
-    rng, engine = np.random.default_rng(0), E.Physics(2)
-    physics, actions = E.physics_of(E.initial_states(600, rng)), rng.integers(0, 40, 600)  # more than one block
+    rng, engine = np.random.default_rng(0), P.Physics(2)
+    physics, actions = P.physics_of(P.initial_states(600, rng)), rng.integers(0, 40, 600)  # more than one block
     kept = physics.copy()
     after = engine.step(physics, actions)
     assert np.array_equal(physics, kept) and np.array_equal(after, engine.step(physics, actions))
     order = rng.permutation(600)
-    assert np.array_equal(after[order], E.Physics(1).step(physics[order], actions[order]))
+    assert np.array_equal(after[order], P.Physics(1).step(physics[order], actions[order]))
     assert engine.step(physics[:0], actions[:0]).shape == (0, 69)
 
 
@@ -348,7 +350,7 @@ def test_physics_is_a_function_of_its_arguments():
 def test_simulator_is_the_environment_row_by_row(threads):
     "Also where rows are over at different times and are no longer stepped."
     index, seeds = np.arange(10) % len(GOALS), np.arange(10)
-    simulator = E.ClevrSimulator.start(GOALS, index, seeds, threads=threads)
+    simulator = P.ClevrSimulator.start(GOALS, index, seeds, threads=threads)
     ones = [make(goal=GOALS[i]).unwrapped for i in index]
     assert np.array_equal(simulator.states, [e.reset(seed=int(s))[0] for e, s in zip(ones, seeds)])
     assert np.array_equal(simulator.seeds, seeds)
@@ -368,20 +370,20 @@ def test_simulator_is_the_environment_row_by_row(threads):
 
 
 def test_simulator_at_given_states():
-    simulator = E.ClevrSimulator(GOALS, [0, 3], np.stack([STATE, STATE]))
+    simulator = P.ClevrSimulator(GOALS, [0, 3], np.stack([STATE, STATE]))
     assert np.array_equal(simulator.states, [STATE, STATE]) and (simulator.seeds == -1).all()
-    after = E.states_of(E.Physics(1).step(E.physics_of(STATE)[None], [5]))
+    after = P.states_of(P.Physics(1).step(P.physics_of(STATE)[None], [5]))
     rewards, held, _ = simulator.step(np.array([1]), np.array([5]))
     assert np.array_equal(simulator.states, np.stack([STATE, after[0]]))
     assert np.array_equal(rewards, reward_rows(GOALS, [3], STATE[None], after, STATE[None]))
     assert np.array_equal(held, success_rows(GOALS, [3], after))
     with pytest.raises(ValueError, match="unknown type None"):
-        E.ClevrSimulator([Goal("Balance the pole.")], [0], STATE[None])
+        P.ClevrSimulator([Goal("Balance the pole.")], [0], STATE[None])
 
 
 def test_vector_options_and_goals():
     v = make_vec(3, goal=GOALS[2])
-    states = E.initial_states(3, np.random.default_rng(0))
+    states = P.initial_states(3, np.random.default_rng(0))
     obs, info = v.reset(seed=0, options={"states": states, "goals": GOALS[:3]})
     assert np.array_equal(obs, states) and list(info["goal"]) == GOALS[:3]
     p = v.unwrapped.physics
@@ -467,10 +469,10 @@ def test_bad_batches():
 
 @pytest.mark.parametrize("physics, actions", [
     (np.zeros(69), 0), (np.zeros((2, 68)), [0, 0]), (np.full((2, 69), np.nan), [0, 0]),
-    (E.physics_of(np.stack([STATE]*2)), [0]), (E.physics_of(STATE[None]), [40])])
+    (P.physics_of(np.stack([STATE]*2)), [0]), (P.physics_of(STATE[None]), [40])])
 def test_bad_physics(physics, actions):
     with pytest.raises(ValueError):
-        E.Physics(1).step(physics, actions)
+        P.Physics(1).step(physics, actions)
 
 
 # --- pictures
@@ -487,7 +489,7 @@ def middle_of(image, colour):
 def test_pictures_or_a_clear_error():
     e = make(render_mode="rgb_array").unwrapped
     e.reset(seed=0)
-    if not E.can_render():
+    if not V.can_render():
         with pytest.raises(gym.error.DependencyNotInstalled, match="apt-get install"):
             e.render()
         return
@@ -500,13 +502,13 @@ def test_pictures_or_a_clear_error():
 @pytest.mark.usefixtures("gl")
 def test_right_is_right_and_behind_is_up():
     s = np.float32([[-.4, 0, 0, .2, .4, 0, 0, -.1, -.4, .5]])  # red front left, green front right, cyan behind left
-    image = E.render_states(s, size=(120, 160))[0]
+    image = V.render_states(s, size=(120, 160))[0]
     red, green, cyan = (middle_of(image, c) for c in ("red", "green", "cyan"))
     assert green[1] > red[1] + 20 and cyan[0] < red[0] - 10 and abs(cyan[1] - red[1]) < 40
-    assert not np.array_equal(image, E.render_states(s, [[0, .4]], size=(120, 160))[0])  # the agent, when asked for
-    assert E.render_states(np.zeros((0, 10)), size=(24, 32)).shape == (0, 24, 32, 3)
+    assert not np.array_equal(image, V.render_states(s, [[0, .4]], size=(120, 160))[0])  # the agent, when asked for
+    assert V.render_states(np.zeros((0, 10)), size=(24, 32)).shape == (0, 24, 32, 3)
     with pytest.raises(ValueError, match=r"\(N, 10\)"):
-        E.render_states(s[0])
+        V.render_states(s[0])
 
 
 @pytest.mark.usefixtures("gl")

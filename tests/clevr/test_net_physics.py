@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kalm.clevr.env import ClevrSimulator, Physics, physics_of, states_of
 from kalm.clevr.goals import all_of, gather, line_up, move, push, reward_rows, success_rows
+from kalm.clevr.physics import ClevrSimulator, Physics, physics_of, states_of
 
 NET = Path(__file__).resolve().parents[1]/"net"
 FIRST = 4   # steps before rounding, which differs between processors, can grow where balls collide
