@@ -19,7 +19,7 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: install  ## the quick preset on CLEVR-Robot from data to figures, ten minutes on two cores; continues where it stopped
+run: install  ## the quick preset on CLEVR-Robot from data to figures, ten minutes on two recent cores; continues where it stopped
 	@echo "== kalm run --preset quick --out $(OUT)"
 	@$(BIN)/kalm run --preset quick --out $(OUT)
 
@@ -33,7 +33,7 @@ test: install  ## lint, layers, package in step with notebooks, pytest, every no
 	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 export: install  ## write kalm/*.py and README.md from the notebooks
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@$(BIN)/python tools/export.py && $(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py
 
 results: install  ## keep the numbers of a finished run, OUT=runs/quick or runs/best, for README and notebooks

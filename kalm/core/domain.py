@@ -117,7 +117,7 @@ class Words:
     """What a domain can say about itself in words. A domain inherits from this and writes the parts that it has.
 
     A *meaning* is a few key words: `red blue left` for *put the red ball to the left of the blue one*."""
-    # task -> wordings before and after what is shown, see `kalm.lm.examples`
+    # task -> wordings before and after what is shown, see `kalm.lm.sequences`
     prompts: Mapping[str, tuple[tuple[str, str], ...]] = {}
 
     def caption(self, state: np.ndarray, next_state: np.ndarray) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 
 import gymnasium as gym
 import numpy as np
@@ -22,6 +23,17 @@ __all__ = ['SUCCESS', 'GymDomain', 'GymSimulator']
 
 # %% ../../nbs/core/60_gym_domain.ipynb #f2f9b2ad
 SUCCESS = ("info", "survive", "terminated")  # ways to tell success beside a function
+
+
+def _check_takes(function, what: str, *names: str) -> None:
+    "`ValueError` for a function that cannot be called with so many arguments; anything else passes."
+    try:
+        signature(function).bind(*names)
+    except TypeError as error:
+        if callable(function):
+            raise ValueError(f"{what}: expected a function of ({', '.join(names)}): {error}") from None
+    except ValueError:   # built in, its signature is not known
+        pass
 
 
 def _goal_option(goal: Goal) -> dict:
@@ -48,6 +60,11 @@ class GymDomain(Domain):
                  **make):                                   # for `gymnasium.make`
         if not callable(success) and success not in SUCCESS:
             raise ValueError(f"success {success!r}: one of {', '.join(SUCCESS)}, or a function (goal, states, start)")
+        _check_takes(success, "success", "goal", "states", "start")
+        _check_takes(reward, "reward", "goal", "states", "next_states", "start")
+        _check_takes(observe, "observe", "observation")
+        for behaviour, act in (behaviours or {}).items():
+            _check_takes(getattr(act, "act", act), f"behaviour {behaviour!r}", "simulator", "rows", "rng")
         self.env_id, self.make, self.options = env_id, make, options
         self.observe, self._judge, self._earn = observe, success, reward
         self.judged_only, self.words, self.limits, self.features = tuple(judged_only), words, limits, features
@@ -203,7 +220,7 @@ def _fulfilled(self: GymDomain, goal: Goal, state: np.ndarray, info: dict) -> bo
     "Whether a start fulfils its goal already."
     if callable(self._judge):
         return self._meets(goal, state, state)
-    return self._judge == "info" and bool(info.get("success", False))
+    return self._judge == "info" and bool(_told(info))
 
 
 @patch
@@ -213,10 +230,16 @@ def _succeeded(self: GymDomain, terminated: bool, time_up: bool, info: dict) -> 
         return bool(terminated)
     if self._judge == "survive":
         return bool(time_up and not terminated)
-    if "success" not in info:
+    told = _told(info)
+    if told is None:
         raise ValueError(f"{self.name} says nothing of success in its info: give success='terminated', 'survive' or "
                          "a function")
-    return bool(info["success"])
+    return bool(told)
+
+
+def _told(info: dict):
+    "What an environment's info says of success, under the names in use; None if nothing."
+    return info.get("success", info.get("is_success"))
 
 # %% ../../nbs/core/60_gym_domain.ipynb #def2d5bc
 class GymSimulator:

@@ -151,7 +151,7 @@ def _counts_from_one(module: nn.Module) -> bool:
 
 # %% ../../nbs/lm/10_backbone.ipynb #7fd0f85f
 def weights_id(model: nn.Module) -> str:
-    "A short hash of a backbone's shape and of a sample of its weights: equal for the same weights in any float type."
+    "A short hash of a backbone's shape and a sample of its weights: the same in float32 and bfloat16."
     kind, c = model.config.model_type, model.config.get_text_config(decoder=True)
     h = hashlib.sha256(f"{kind} {c.hidden_size} {c.num_hidden_layers} {c.vocab_size}".encode())
     for _, p in sorted(model.named_parameters()):

@@ -17,7 +17,7 @@ import torch
 from ..core.domain import Words
 from ..core.rollouts import Rollouts
 from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, step_elements, text_elements
-from .examples import ARROW, MEANING, Writer
+from .sequences import ARROW, MEANING, Writer
 from .model import STATE, TEXT, KalmLM
 
 # %% auto #0
@@ -167,7 +167,7 @@ class FilterScores:
     kept: float       # of rollouts
     precision: float  # of the kept that are good
     recall: float     # of the good that are kept
-    base: float       # of all that are good
+    base: float       # share of all rollouts that are good
 
     @classmethod
     def of(cls, keep: np.ndarray, good: np.ndarray) -> FilterScores:

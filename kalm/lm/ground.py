@@ -22,7 +22,8 @@ from ..core.files import append_csv, claim, cut_csv, digest_of
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
 from .backbone import DEFAULT_BACKBONE
-from .examples import ACT, DONE, JUMP, STEP, TASKS, WORD, Examples, prompts_of
+from .examples import Examples
+from .sequences import ACT, DONE, JUMP, STEP, TASKS, WORD, prompts_of
 from .model import PAD, Adapter, KalmLM, Normaliser
 from ..tensors.store import fast_dtype, load_state, save_state
 
@@ -54,7 +55,7 @@ def check_numbers(settings,                   # a dataclass whose fields are ann
 # %% ../../nbs/lm/50_ground.ipynb #eee205b8
 @dataclass(frozen=True)
 class TaskWeights:
-    "Examples a rollout and epoch, of each task of `kalm.lm.examples`."
+    "Examples of each task in an epoch, as a multiple of the number of rollouts that `max_length` admits."
     generate: float = 1.
     dynamics: float = 1.
     explain: float = .5      # many words, which cost more tokens than anything else
@@ -86,7 +87,7 @@ class GroundConfig:
     # the loss
     unrewarded_weight: float = 1.  # of imitating an action that the data gave no reward
     text_weight: float = 1.        # of words, against actions and states
-    keyword_weight: float = 1.     # of a key word, against a word of a sentence: few decide, many are filling
+    keyword_weight: float = 1.     # of a key word, against other words: few words decide the meaning
     negatives: int = 1024          # random words beside the right ones, 0 the whole vocabulary
     # the optimiser
     steps: int = 2000

@@ -20,7 +20,7 @@ from ..core.files import numpy_rng, start_seeds
 from ..core.goals import Goal, check_index, in_turn
 from ..core.rollouts import IMAGINED, Rollouts
 from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, text_elements
-from .examples import Writer
+from .sequences import Writer
 from .explain import meaning, round_trip
 from .model import ACTION, STATE, KalmLM
 
@@ -45,7 +45,7 @@ class Imagination:
                                   # continuous actions are drawn, from another stream, at temperature 1 or more
     stop: str | None = None       # one of STOPS; if not given success where the domain can judge states, else done
     batch_size: int = 128         # rollouts imagined side by side
-    cached: bool = True           # keep keys and values; False is slow and works with any backbone
+    cached: bool = True           # keep keys and values; False recomputes each sequence, as a check
     part_steps: int = 12          # by parts: most steps for a part before the next one has its turn
     rounds: int = 4               # by parts: how often each part has its turn
     tries: int = 8                # for `imagine_filtered`: imaginations that a rollout gets until one passes

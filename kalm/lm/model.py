@@ -58,7 +58,7 @@ class ModelSpec:
     codec: Actions
     features: Features = Features() # what the numbers of a state are to each other
     hidden: int = 512               # width of embeddings and heads inside
-    prompts: Mapping = field(default_factory=dict)  # task -> wordings, each a tuple of texts, see kalm.lm.examples
+    prompts: Mapping = field(default_factory=dict)  # task -> wordings, each a tuple of texts, see kalm.lm.sequences
     domain: str = ""                # its name
 
     def __post_init__(self):

@@ -17,7 +17,8 @@ from ..core.domain import Domain, Limits, judge_success
 from ..core.episodes import check_rollouts
 from ..core.episodes import replay as replay_in
 from ..core.rollouts import Rollouts
-from .examples import Writer, ordinary_text, passages
+from .sequences import Writer
+from .tasks import ordinary_text, passages
 from .imagine import imagined_rewards, unreal_steps
 from .model import TEXT, KalmLM
 
@@ -111,7 +112,7 @@ def cut_unreal(rollouts: Rollouts, domain: Domain) -> tuple[Rollouts, dict[str, 
 
 
 def repair_unreal(rollouts: Rollouts, domain: Domain) -> tuple[Rollouts, dict[str, int]]:
-    "Rollouts whose unreal steps were made possible, and how many there were. With its start moved one loses its seed."
+    "Rollouts with unreal steps made possible, and how many there were. One whose start was moved loses its seed."
     limits = _limits(domain)
     off, fast = unreal_steps(rollouts, limits)
     old = rollouts.states.astype(np.float64)

@@ -103,7 +103,7 @@ CLEVR = {p.name: p for p in (
     Preset("smoke", "tries every stage with a toy language model, a minute", 80, 80, TINY_GROUND,
            clevr_levels(8, 8, 8, tries=2), ours(60), shipped=False, imagine_steps=4, seeds=1, episodes=12,
            checkpoints=2, mixing=replace(OURS, augment=400), baselines=ALL_BASELINES),
-    Preset("quick", "the whole method from the shipped checkpoint, ten minutes on two cores", 6400, 6400,
+    Preset("quick", "the whole method from the shipped checkpoint; ten minutes on two recent cores", 6400, 6400,
            CLEVR_GROUND, clevr_levels(2400, 2000, 1000), ours(20_000), mixing=OURS),
     Preset("best", "the main table: more imagination, longer training, every baseline; some hours", 6400, 6400,
            CLEVR_GROUND, clevr_levels(5120, 2560, 3584), ours(50_000), mixing=OURS, episodes=1000, checkpoints=10,

@@ -6,8 +6,8 @@ import torch
 from kalm.core.domain import codec_of
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
-from kalm.lm.examples import prompts_of
 from kalm.lm.model import Adapter, KalmLM
+from kalm.lm.sequences import prompts_of
 from kalm.tensors.store import torch_rng
 
 

@@ -13,31 +13,25 @@ from worlds import LineWords, line
 from kalm.core.domain import Words, codec_of
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
-from kalm.lm.examples import (
+from kalm.lm.examples import PASSAGE, Examples, Planned, collate, pack
+from kalm.lm.ground import GroundConfig, TaskWeights
+from kalm.lm.model import ACTION, PAD, STATE, TEXT, Adapter, KalmLM
+from kalm.lm.sequences import (
     ACT,
     ARROW,
     DONE,
     JUMP,
     MEANING,
     NOTHING,
-    PASSAGE,
     PROMPTS,
     STEP,
     TASKS,
     WORD,
-    Examples,
-    Planned,
     Sequence,
     Writer,
-    collate,
-    compose,
-    ordinary_text,
-    pack,
-    passages,
     prompts_of,
 )
-from kalm.lm.ground import GroundConfig, TaskWeights
-from kalm.lm.model import ACTION, PAD, STATE, TEXT, Adapter, KalmLM
+from kalm.lm.tasks import compose, ordinary_text, passages
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -11,7 +11,6 @@ from kalm.core.domain import Words
 from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
 from kalm.lm.decode import CachedDecoder
-from kalm.lm.examples import MEANING, Sequence, Writer
 from kalm.lm.explain import (
     NOT_UNDERSTOOD,
     Answer,
@@ -26,6 +25,7 @@ from kalm.lm.explain import (
     story,
 )
 from kalm.lm.model import ACTION, STATE, TEXT, KalmLM
+from kalm.lm.sequences import MEANING, Sequence, Writer
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -165,8 +165,8 @@ def heard(monkeypatch):
 
 
 def test_questions_are_put_as_in_training(lively, domain, heard):
-    from kalm.lm.examples import Caption, Explain, Generate, Material
     from kalm.lm.ground import GroundConfig
+    from kalm.lm.tasks import Caption, Explain, Generate, Material
 
     r = made_up(domain, 1, steps=3)
     explain(lively, r)

@@ -14,7 +14,6 @@ from kalm.core.goals import Goal
 from kalm.core.gym_domain import GymDomain
 from kalm.core.results import wilson
 from kalm.core.rollouts import IMAGINED, REAL, Rollouts
-from kalm.lm.examples import Writer
 from kalm.lm.explain import Meaning
 from kalm.lm.imagine import (
     Imagination,
@@ -28,6 +27,7 @@ from kalm.lm.imagine import (
     unreal_steps,
 )
 from kalm.lm.model import ACTION, STATE, TEXT
+from kalm.lm.sequences import Writer
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -326,8 +326,8 @@ def test_only_what_fails_is_imagined_again(tries, asked, monkeypatch):
     starts, index = numpy_rng(0, "again").uniform(-0.5, 0.5, (5, 2)).astype(np.float32), np.array([0, 1, 0, 1, 0])
     answers = Answers(passes, starts)
     monkeypatch.setattr(imagine_module, "round_trip", answers)
-    settings = Imagination(max_steps=3, seed=5, stop="limit")
-    r, ok = imagine_filtered(lm, domain, [RIGHT, LEFT], index, starts, np.arange(5), settings, tries)
+    settings = Imagination(max_steps=3, seed=5, stop="limit", tries=tries)
+    r, ok = imagine_filtered(lm, domain, [RIGHT, LEFT], index, starts, np.arange(5), settings)
     assert [len(c) for c in answers.calls] == asked and ok.tolist() == [p < tries for p in passes]
     np.testing.assert_array_equal(r.states[:, 0], starts)
     np.testing.assert_array_equal(r.goal, index)

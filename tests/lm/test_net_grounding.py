@@ -13,9 +13,10 @@ from kalm.clevr.domain import CLEVR
 from kalm.core.domain import codec_of
 from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
-from kalm.lm.examples import ACT, DONE, JUMP, STEP, TASKS, WORD, Examples, prompts_of
+from kalm.lm.examples import Examples
 from kalm.lm.ground import GroundConfig, Progress, TaskWeights, ground, prepare
 from kalm.lm.model import Adapter, KalmLM, Normaliser
+from kalm.lm.sequences import ACT, DONE, JUMP, STEP, TASKS, WORD, prompts_of
 
 NET = Path(__file__).parents[1] / "net"
 SAME = (
