@@ -270,7 +270,12 @@ SUCCESS = {"move": _move_success, "push": _push_success, "line_up": _line_succes
 # %% ../../nbs/clevr/10_goals.ipynb #d0d64370
 def _by_type(goals: Sequence[Goal], index, n: int) -> list[tuple]:
     "For the first part of all goals, then the second, ...: (rows of one type, its name, (source, target, direction))."
-    table = goal_table(goals)[check_index(goals, index, n)]   # (n, K, 4)
+    return _grouped(_SameGoals(goals), check_index(goals, index, n).tobytes(), n)
+
+
+@lru_cache(maxsize=64)   # an environment asks for the same at every step
+def _grouped(same: _SameGoals, index: bytes, n: int) -> list[tuple]:
+    table = _table(same)[np.frombuffer(index, np.int64)]   # (n, K, 4)
     groups = []
     for k in range(table.shape[1]):
         types = table[:, k, 0]
