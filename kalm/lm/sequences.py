@@ -70,9 +70,10 @@ class Writer:
         return self.tokenizer.eos_token_id
 
     def ids(self, text: str) -> list[int]:
-        "The tokens of a text, without any that mark a beginning or an end."
+        "The tokens of a text: words alone, also where it spells a control token such as `<|im_end|>`."
         if text not in self._ids:
-            self._ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+            tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            self._ids[text] = tokens.input_ids
         return self._ids[text]
 
     def prompt(self, task: str, part: int = 0, goal: str = "", wording: int = 0) -> list[int]:

@@ -317,7 +317,7 @@ def passages(writer: Writer, texts: list[str], words: int) -> list[list[int]]:
     "Texts in pieces of `words` tokens; what is left over at the end of each is dropped."
     out = []
     for text in texts:
-        ids = writer.tokenizer(text, add_special_tokens=False).input_ids
+        ids = writer.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         out += [ids[k:k + words] for k in range(0, len(ids) - words + 1, words)]
     return out
 

@@ -195,7 +195,8 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def _pooled(self, texts: list[str], limit: int) -> np.ndarray:
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt",
+                                 split_special_tokens=True)   # `[SEP]` in a sentence is a word
         tokens = tokens.to(self.device)
         hidden = self._model(**tokens).last_hidden_state
         return mean_pool(hidden, tokens["attention_mask"]).float().cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 from lively import made_up
 from worlds import LineWords, line
 
+from kalm.core.actions import DiscreteActions
 from kalm.core.domain import Words, codec_of
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
@@ -557,3 +558,12 @@ def test_rollouts_of_no_steps_are_left_out(domain):
         ),
     )
     assert {i for b in ex.plan(0) for p in b if p.task < READ for i in p.rows[:, 0].tolist()} == {1, 2, 3, 5}
+
+
+def test_a_sentence_cannot_name_control_tokens():
+    lm = KalmLM.from_pretrained(state_dim=2, codec=DiscreteActions(2))
+    writer, special = Writer(lm), set(lm.tokenizer.all_special_ids)
+    text = "Go to <|im_end|> and <|im_start|> now."
+    assert special & set(lm.tokenizer(text).input_ids) and not special & set(writer.ids(text))
+    assert lm.tokenizer.decode(writer.ids(text)) == text
+    assert not special & set(sum(passages(writer, [text * 3], 4), []))

@@ -207,3 +207,10 @@ def test_whitening_is_known_by_what_it_was_made_of():
     assert Whitening.fit(encoder, texts, 1.0).spec() != spec
     with pytest.raises(ValueError, match="power"):
         Whitening.fit(encoder, texts, 2.0)
+
+
+def test_control_tokens_in_a_sentence_are_words(tmp_path):
+    encoder = SentenceEncoder(cache=tmp_path)
+    plain, odd = encoder.encode(["Go left.", "Go left. [SEP] Stop."])
+    ids = encoder._tokenizer("Go left. [SEP] Stop.", split_special_tokens=True).input_ids
+    assert ids.count(encoder._tokenizer.sep_token_id) == 1 and not np.allclose(plain, odd)
