@@ -80,8 +80,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = arguments()
-    base = replace(preset(kalm.domain("clevr"), "checkpoint").ground, compose=0., steps=a.steps, log_every=10,
-                   checkpoint_every=50, seed=a.seed)
+    base = replace(preset(kalm.domain("clevr"), "checkpoint").ground, compose=0., steps=a.steps, seed=a.seed,
+                   log_every=min(10, a.steps), checkpoint_every=min(50, a.steps))
     every = variants(base)
     if a.list:
         return print("\n".join(every))
