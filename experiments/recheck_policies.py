@@ -29,8 +29,10 @@ def main() -> None:
     world = kalm.domain(settings["domain"])
     run = Run(preset(world, settings["name"]).with_seed(settings["seed"]), settings["domain"], a.run)
     done = {(r["method"], r["level"], r["seed"], r["step"]) for r in read_results(a.results, config=run.config)}
-    last = {max(row.step for row in rows_of(run) if row.folder)}
-    for row in tqdm([row for row in rows_of(run) if row.step in last], desc="judging", unit="row", disable=None):
+    rows = rows_of(run)
+    last = {row.method: max(r.step for r in rows if r.method == row.method) for row in rows if row.folder}
+    rows = [row for row in rows if row.step == last.get(row.method)]
+    for row in tqdm(rows, desc="judging", unit="row", disable=None):
         other = replace(row, seed=row.seed + a.other)
         if other.key in done:
             continue
