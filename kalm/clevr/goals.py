@@ -213,7 +213,9 @@ def goal_table(goals: Sequence[Goal]) -> np.ndarray: # (G, K, 4) int64, read-onl
 
 # %% ../../nbs/clevr/10_goals.ipynb #dae7e0b9
 def _pick(x, ball):
-    "Centres (R, ..., 2) of one ball a row; positions x (R, ..., 5, 2), ball (R,)."
+    "Centres (R, ..., 2) of one ball a row; positions x (R, ..., 5, 2), ball (R,) or a number for all rows."
+    if isinstance(ball, int):
+        return x[..., ball, :]
     return x[(np.arange(len(x)), *(slice(None),) * (x.ndim - 3), ball)]
 
 
@@ -224,8 +226,8 @@ def _length(offset):
 
 
 def _wide(direction, x):
-    "Directions (R,) with as many axes as positions (R, ..., 5, 2) have between row and ball."
-    return direction.reshape(-1, *(1,) * (x.ndim - 3))
+    "Directions (R,) with as many axes as positions (R, ..., 5, 2) have between row and ball; a number stays one."
+    return direction if isinstance(direction, int) else direction.reshape(-1, *(1,) * (x.ndim - 3))
 
 
 def _move_success(x, source, target, direction, start):
@@ -268,6 +270,11 @@ def _gather_success(x, source, target, direction, start):
 SUCCESS = {"move": _move_success, "push": _push_success, "line_up": _line_success, "gather": _gather_success}
 
 # %% ../../nbs/clevr/10_goals.ipynb #d0d64370
+def _single(column):
+    "A number if it is the same in all rows: that is quicker to look up, and usual, for one environment has one goal."
+    return int(column[0]) if (column == column[0]).all() else column
+
+
 def _by_type(goals: Sequence[Goal], index, n: int) -> list[tuple]:
     "For the first part of all goals, then the second, ...: (rows of one type, its name, (source, target, direction))."
     return _grouped(_SameGoals(goals), check_index(goals, index, n).tobytes(), n)
@@ -281,7 +288,7 @@ def _grouped(same: _SameGoals, index: bytes, n: int) -> list[tuple]:
         types = table[:, k, 0]
         for number in sorted({*types.tolist()} - {-1}):
             rows = (types == number).nonzero()[0]
-            part = table[rows, k, 1:].T
+            part = [_single(column) for column in table[rows, k, 1:].T]
             groups.append((rows if len(rows) < n else slice(None), TYPES[number], part))   # a slice copies nothing
     return groups
 
