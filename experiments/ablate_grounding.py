@@ -19,8 +19,9 @@ import kalm
 from kalm.core.files import read_csv, save_json
 from kalm.core.rollouts import Rollouts
 from kalm.lm.backbone import Adapter
-from kalm.lm.ground import GroundConfig, ground
+from kalm.lm.ground import ground
 from kalm.lm.model import KalmLM
+from kalm.lm.settings import GroundConfig
 from kalm.run.folder import commit, device
 from kalm.run.presets import preset
 from kalm.tensors.store import fast_dtype

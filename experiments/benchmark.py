@@ -27,8 +27,8 @@ from kalm.clevr.physics import initial_states, load_model, physics_of
 from kalm.core.episodes import collect
 from kalm.core.files import load_json, save_json
 from kalm.lm.examples import Examples
+from kalm.lm.generate import Imagination, generate
 from kalm.lm.ground import Grounder, prepare
-from kalm.lm.imagine import Imagination, generate
 from kalm.lm.model import PAD, KalmLM
 from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
@@ -128,7 +128,7 @@ def imagination() -> dict:
     index = np.arange(128) % len(goals)
     states = d.start(goals, index, np.arange(128)).states
 
-    def dream(rows: int, steps: int, cached: bool) -> Callable[[], int]:
+    def imagining(rows: int, steps: int, cached: bool) -> Callable[[], int]:
         settings = Imagination(max_steps=steps, stop="limit", batch_size=rows, cached=cached)
 
         def job() -> int:
@@ -137,12 +137,12 @@ def imagination() -> dict:
             return rows
         return job
 
-    dream(8, 1, True)()
-    jobs = {"no memory, 8 rows": dream(8, 50, False), "memory, 8 rows": dream(8, 50, True),
-            "memory, 128 rows": dream(128, 50, True)}
+    imagining(8, 1, True)()
+    jobs = {"no memory, 8 rows": imagining(8, 50, False), "memory, 8 rows": imagining(8, 50, True),
+            "memory, 128 rows": imagining(128, 50, True)}
     found = compared("rollouts of 50 steps a second", "no memory, 8 rows", in_turns(time.perf_counter, 2, 0, jobs))
     texts = [goals[i].text for i in index]
-    both = {"transformers": decoding(lm, texts), "kalm": lambda: 100 * dream(128, 50, True)()}
+    both = {"transformers": decoding(lm, texts), "kalm": lambda: 100 * imagining(128, 50, True)()}
     beside = compared("elements (words; actions and states) a second", "transformers",
                       in_turns(time.perf_counter, 3, 0, both))
     return dict(imagination=found, decoding=beside)

@@ -166,7 +166,7 @@ class Behaviour:
     keep_failures: bool = False   # whether data sets keep the rollouts that missed their goal, or begin them anew
 
 
-RANDOM = "random"  # name of the behaviour that every domain has
+RANDOM = "random"  # name of the behaviour that every domain has; its failures are kept
 
 
 def random_actions(codec: Actions) -> Callable:

@@ -11,7 +11,7 @@ from inspect import signature
 import gymnasium as gym
 import numpy as np
 from fastcore.basics import patch
-from gymnasium.spaces.utils import flatten
+from gymnasium.spaces.utils import flatdim, flatten
 
 from .actions import actions_of
 from .domain import RANDOM, Behaviour, Domain, Features, Limits, Words, check_domain, random_actions
@@ -93,7 +93,17 @@ class GymDomain(Domain):
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(g)} {level}" for level, g in self._goals.items())
         width = self.state_space.shape[0]
-        return f"GymDomain({self.name!r}: states of {width} numbers, {self.action_space}, goals {counts})"
+        layout = _layout(self._space) if self.observe is None else ""
+        return f"GymDomain({self.name!r}: states of {width} numbers{layout}, {self.action_space}, goals {counts})"
+
+
+def _layout(space: gym.Space) -> str:
+    "Which numbers of a flattened dictionary are whose: ' (goal 0 to 1, place 2 to 5)'; nothing for other spaces."
+    if not isinstance(space, gym.spaces.Dict):
+        return ""
+    ends = np.cumsum([flatdim(part) for part in space.values()])
+    whose = [f"{key} {end - flatdim(part)} to {end - 1}" for (key, part), end in zip(space.items(), ends)]
+    return f" ({', '.join(whose)})"
 
 # %% ../../nbs/core/60_gym_domain.ipynb #4a4918a8
 def _goal_lists(goals, levels, max_steps: int | None, name: str) -> dict[str, list[Goal]]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from ..core.domain import Words
 from ..core.files import numpy_rng
 from ..core.rollouts import Rollouts
 from .model import PAD, KalmLM
-from .sequences import NOTHING, TASKS, WORD, Sequence, Writer
+from .sequences import NOTHING, WORD, Sequence, Writer
+from .settings import TASKS, GroundConfig
 from kalm.lm.tasks import (
     Caption,
     Compose,
@@ -32,8 +33,6 @@ from kalm.lm.tasks import (
     passages,
 )
 
-if TYPE_CHECKING:
-    from kalm.lm.ground import GroundConfig
 
 # %% auto #0
 __all__ = ['PASSAGE', 'pack', 'collate', 'Planned', 'Examples']

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -21,102 +20,15 @@ from ..core.episodes import check_rollouts
 from ..core.files import append_csv, claim, cut_csv, digest_of
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
-from .backbone import DEFAULT_BACKBONE
 from .examples import Examples
-from .sequences import ACT, DONE, JUMP, STEP, TASKS, WORD, prompts_of
-from .model import PAD, Adapter, KalmLM, Normaliser
+from .model import PAD, KalmLM, Normaliser
+from .sequences import ACT, DONE, JUMP, STEP, WORD, prompts_of
+from .settings import GroundConfig
 from ..tensors.store import fast_dtype, load_state, save_state
 
 # %% auto #0
-__all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'check_numbers', 'TaskWeights', 'GroundConfig', 'learning_rate', 'use_bf16',
-           'Losses', 'Grounder', 'prepare', 'make_optimiser', 'Progress', 'RunFolder', 'positions', 'Training',
-           'ground']
-
-# %% ../../nbs/lm/50_ground.ipynb #31fda858
-def check_numbers(settings,                   # a dataclass whose fields are annotated int, float or bool
-                  least: Mapping[str, float], # lowest value of a field; 0 where it is not named
-                  most: Mapping[str, float]) -> None: # highest value of a field
-    "`ValueError` for a setting that is not a number of its type and within bounds. Numbers become plain ones."
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if f.type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{f.name} {value!r}: expected True or False")
-        if f.type not in ("int", "float"):
-            continue
-        low, high = least.get(f.name, 0), most.get(f.name, math.inf)
-        kind = Integral if f.type == "int" else Real
-        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-        if not fits:
-            what = "a whole number" if f.type == "int" else "a number"
-            bounds = f"{low:g} to {high:g}" if f.name in most else f"at least {low:g}"
-            raise ValueError(f"{f.name} {value!r}: expected {what}, {bounds}")
-        object.__setattr__(settings, f.name, int(value) if f.type == "int" else float(value))
-
-# %% ../../nbs/lm/50_ground.ipynb #eee205b8
-@dataclass(frozen=True)
-class TaskWeights:
-    "Examples of each task in an epoch, as a multiple of the number of rollouts that `max_length` admits."
-    generate: float = 1.
-    dynamics: float = 1.
-    explain: float = .5      # many words, which cost more tokens than anything else
-    consequence: float = .25
-    caption: float = 0.      # captions and questions need a domain with words
-    question: float = 0.
-    text: float = 0.
-
-    def __post_init__(self):
-        check_numbers(self, {}, {})
-        if not any(asdict(self).values()):
-            raise ValueError(f"no task has a weight: expected one of {', '.join(TASKS)} above 0")
-
-# %% ../../nbs/lm/50_ground.ipynb #04f12332
-@dataclass(frozen=True)
-class GroundConfig:
-    "Everything that decides a grounding run. `ValueError` for a value out of bounds."
-    # the model
-    backbone: str = DEFAULT_BACKBONE
-    adapter: Adapter = Adapter()
-    scratch: bool = False          # random weights in place of the pretrained ones
-    start: str = ""                # folder of a checkpoint to begin with; "shipped": the one that ships for the domain
-    # the tasks
-    task_weights: TaskWeights = TaskWeights()
-    meanings: bool = True          # explanations begin with the goal's key words, and goals are asked for theirs
-    compose: float = 0.            # sentences made of two or three goals a rollout and epoch, asked for their meanings
-    branches: int = 8              # rollouts behind one prompt, questions about one state
-    max_length: int = 0            # longest rollout that tasks about goals use, 0 any: long ones are mostly erratic
-    # the loss
-    unrewarded_weight: float = 1.  # of imitating an action that the data gave no reward
-    text_weight: float = 1.        # of words, against actions and states
-    keyword_weight: float = 1.     # of a key word, against other words: few words decide the meaning
-    negatives: int = 1024          # random words beside the right ones, 0 the whole vocabulary
-    # the optimiser
-    steps: int = 2000
-    batch_tokens: int = 2048       # in a step, over all processes
-    width: int = 128               # tokens in a row, in which short sequences lie side by side; 0: a row each
-    lr: float = 1e-3               # of the adapter (or of the backbone, if fully tuned: use 2e-4)
-    head_lr: float = 1e-3          # of embeddings and heads
-    warmup: float = .03            # share of the steps
-    weight_decay: float = 0.
-    clip: float = 1.               # largest norm of the gradient
-    bf16: bool | None = None       # bfloat16 arithmetic; None: where the hardware has it
-    # the run
-    checkpoint_every: int = 200    # steps
-    log_every: int = 20
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, made in (("adapter", Adapter), ("task_weights", TaskWeights)):
-            if isinstance(given := getattr(self, name), Mapping):   # out of a JSON file
-                object.__setattr__(self, name, made(**given))
-            if not isinstance(getattr(self, name), made):
-                raise ValueError(f"{name} {given!r}: expected {made.__name__}(...)")
-        check_numbers(self.adapter, dict(rank=1, alpha=1), {})
-        check_numbers(self, dict(steps=1, batch_tokens=128, branches=1, clip=1e-9, checkpoint_every=1, log_every=1),
-                      dict(warmup=1))
-        if not (self.bf16 is None or isinstance(self.bf16, bool)):
-            raise ValueError(f"bf16 {self.bf16!r}: expected True, False or None")
-        if self.start and self.scratch:
-            raise ValueError("scratch asks for random weights, start for trained ones: expected one of them")
+__all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'learning_rate', 'use_bf16', 'Losses', 'Grounder', 'prepare', 'make_optimiser',
+           'Progress', 'RunFolder', 'positions', 'Training', 'ground']
 
 # %% ../../nbs/lm/50_ground.ipynb #c0d28782
 def learning_rate(step: int, config: GroundConfig) -> float:

@@ -15,7 +15,7 @@ from ..core.domain import Features
 from ..core.rollouts import Rollouts
 
 # %% auto #0
-__all__ = ['RBF_CENTRES', 'RBF_WIDTH', 'Scale', 'PairwiseFeatures', 'StateFeatures', 'nearest_class', 'StateEmbedding',
+__all__ = ['RBF_CENTRES', 'RBF_WIDTH', 'Scale', 'STILL', 'PairwiseFeatures', 'StateFeatures', 'nearest_class', 'StateEmbedding',
            'init_linear', 'Head', 'Normaliser']
 
 # %% ../../nbs/lm/25_maps.ipynb #f45b9b94
@@ -76,7 +76,7 @@ class StateEmbedding(nn.Module):
     def __init__(self, features: int, width: int, hidden: int, scale: float):
         super().__init__()
         self.linear = nn.Linear(features, width)
-        self.bend = nn.Linear(features, hidden)
+        self.bend = nn.Linear(features, hidden)   # a hidden layer beside the linear map, read by `out`
         self.out = nn.Linear(hidden, width, bias=False)
         self.scale = scale
 
@@ -127,6 +127,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/lm/25_maps.ipynb #1e4b730f
 Scale = float | tuple[float, ...]
+STILL = 1e-3  # added to standard deviations: a coordinate that never changes is divided by this, not by zero
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Normaliser:
         s = t["states"].astype(np.float64)
         step = (t["next_states"] - t["states"]).astype(np.float64)
         jump = (rollouts.last_states - rollouts.states[:, 0]).astype(np.float64)
-        return cls(s.mean(0), s.std(0) + 1e-3, _spread(step, features), _spread(jump, features))
+        return cls(s.mean(0), s.std(0) + STILL, _spread(step, features), _spread(jump, features))
 
     @classmethod
     def default(cls, state_dim: int) -> Normaliser:
@@ -167,7 +168,7 @@ def _spread(change: np.ndarray, features: Features) -> Scale: # (N, S)
     "Standard deviation of each coordinate's change; one for all coordinates of points."
     points = [i for pair in features.points for i in pair]
     if len(points) == change.shape[1]:
-        return float(change.std() + 1e-3)
-    each = change.std(0) + 1e-3
-    each[points] = change[:, points].std() + 1e-3 if points else 0.
+        return float(change.std() + STILL)
+    each = change.std(0) + STILL
+    each[points] = change[:, points].std() + STILL if points else 0.
     return tuple(each)

@@ -353,21 +353,6 @@ def load_own(self: KalmLM, tensors: dict[str, Tensor], where: str = "checkpoint"
     return self
 
 # %% ../../nbs/lm/30_model.ipynb #ee0466d8
-def upgrade_header(c: dict) -> dict:
-    "A `kalm-lm-2` header in today's form; `ValueError` for options that have left."
-    adapter = dict(c["adapter"]) if c["adapter"] else None
-    gone = {name: (adapter or {}).pop(name, now) for name, now in (("split", False), ("first", 0))}
-    gone |= {name: c[name] for name in ("directions", "state_tokens")}
-    for name, kept in dict(split=False, first=0, directions=0, state_tokens=1).items():
-        if gone[name] != kept:
-            raise ValueError(f"a checkpoint with {name}={gone[name]!r}, an option that has left: expected {kept!r}")
-    points = [[i, i + 1] for i in range(0, c["state_dim"], 2)] if c["pairs"] else []
-    taught = load_json(SHIPPED/"clevr"/"kalm.json")["prompts"]  # the only wordings there were
-    kept = {name: c[name] for name in ("backbone", "scratch", "state_dim", "hidden", "normaliser", "layers")}
-    return dict(kept, format=FORMAT, weights_id=c["backbone_id"], domain="clevr", features=dict(points=points),
-                actions=DiscreteActions(c["n_actions"]).spec(), adapter=adapter, prompts=taught)
-
-
 def _model_of(c: dict, folder: Path, backbone: str | None, dtype: torch.dtype) -> KalmLM:
     "The model that a header describes, before its weights."
     name = backbone or c["backbone"]
@@ -427,3 +412,18 @@ def grounded(cls: KalmLM, domain: str = "clevr", **kw) -> KalmLM:
         raise FileNotFoundError(f"no shipped checkpoint for domain {domain!r} (there is: {known}): "
                                 "ground one with `kalm ground`")
     return cls.from_pretrained(SHIPPED/domain, **kw)
+
+# %% ../../nbs/lm/30_model.ipynb #upgrade1
+def upgrade_header(c: dict) -> dict:
+    "A `kalm-lm-2` header in today's form; `ValueError` for options that have left."
+    adapter = dict(c["adapter"]) if c["adapter"] else None
+    gone = {name: (adapter or {}).pop(name, now) for name, now in (("split", False), ("first", 0))}
+    gone |= {name: c[name] for name in ("directions", "state_tokens")}
+    for name, kept in dict(split=False, first=0, directions=0, state_tokens=1).items():
+        if gone[name] != kept:
+            raise ValueError(f"a checkpoint with {name}={gone[name]!r}, an option that has left: expected {kept!r}")
+    points = [[i, i + 1] for i in range(0, c["state_dim"], 2)] if c["pairs"] else []
+    taught = load_json(SHIPPED/"clevr"/"kalm.json")["prompts"]  # the only wordings there were
+    kept = {name: c[name] for name in ("backbone", "scratch", "state_dim", "hidden", "normaliser", "layers")}
+    return dict(kept, format=FORMAT, weights_id=c["backbone_id"], domain="clevr", features=dict(points=points),
+                actions=DiscreteActions(c["n_actions"]).spec(), adapter=adapter, prompts=taught)

@@ -19,7 +19,8 @@ from ..core.episodes import replay as replay_in
 from ..core.rollouts import Rollouts
 from .sequences import Writer
 from .tasks import ordinary_text, passages
-from .imagine import imagined_rewards, unreal_steps
+from .generate import imagined_rewards
+from .imagine import unreal_steps
 from .model import TEXT, KalmLM
 
 # %% auto #0

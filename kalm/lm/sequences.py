@@ -14,11 +14,10 @@ from ..core.domain import Words
 from .model import ACTION, STATE, TEXT, KalmLM
 
 # %% auto #0
-__all__ = ['TASKS', 'ARROW', 'MEANING', 'PROMPTS', 'NOTHING', 'WORD', 'ACT', 'DONE', 'STEP', 'JUMP', 'prompts_of', 'Writer',
-           'Token', 'Sequence']
+__all__ = ['ARROW', 'MEANING', 'PROMPTS', 'NOTHING', 'WORD', 'ACT', 'DONE', 'STEP', 'JUMP', 'prompts_of', 'Writer', 'Token',
+           'Sequence']
 
 # %% ../../nbs/lm/40_sequences.ipynb #6ca0ba3c
-TASKS = ("generate", "dynamics", "explain", "consequence", "caption", "question", "text")
 ARROW = " ->"        # between the key words of an explanation and its sentence
 MEANING = " Means:"  # after a goal, asks for its key words
 PROMPTS = {  # wordings of each task: before what is shown, and after it

@@ -5,8 +5,6 @@
 # %% ../../nbs/lm/43_tasks.ipynb #8d68e536
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from fastcore.basics import patch
 
@@ -14,9 +12,7 @@ from ..core.domain import Words
 from ..core.files import numpy_rng
 from ..core.rollouts import Rollouts
 from .sequences import ARROW, DONE, JUMP, MEANING, Sequence, Writer
-
-if TYPE_CHECKING:
-    from kalm.lm.ground import GroundConfig
+from .settings import GroundConfig
 
 # %% auto #0
 __all__ = ['Material', 'Task', 'Generate', 'ask_meaning', 'Dynamics', 'Consequence', 'Explain', 'Caption', 'Question',
@@ -71,7 +67,7 @@ def questions(self: Material, i: int, t: int) -> list[tuple[str, str]]:
 # %% ../../nbs/lm/43_tasks.ipynb #b6f90afd
 class Task:
     "One grounding task on given material."
-    name = ""              # one of TASKS
+    name = ""              # one of `TASKS`
     one_step = False       # about one step of any rollout; else about a whole rollout of at most `max_length` steps
     same_goal = False      # the prompt names the goal: only examples of one goal share a sequence
     shared_prompt = True   # several examples share a sequence

@@ -22,7 +22,7 @@ from ..core.episodes import Evaluation, evaluate
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
 from ..lm.explain import GoalEncoder
-from ..lm.imagine import act_in
+from ..lm.generate import act_in
 from ..lm.model import KalmLM
 from ..rl.encoder import SentenceEncoder, Whitening
 from ..rl.policy import POLICY_FORMAT, Policy

@@ -12,8 +12,8 @@ import gymnasium as gym
 
 from ..core.domain import Domain
 from ..lm.backbone import TINY_BACKBONE, Adapter
-from ..lm.ground import GroundConfig, TaskWeights
 from ..lm.model import SHIPPED
+from ..lm.settings import GroundConfig, TaskWeights
 from ..rl.bc import BC
 from ..rl.cql import CQL
 from ..rl.td3bc import TD3BC

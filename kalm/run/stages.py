@@ -17,10 +17,13 @@ from ..core.files import load_json, numpy_rng, save_json, start_seeds
 from ..core.goals import Goal
 from ..core.rollouts import Rollouts
 from ..lm.backbone import TINY_BACKBONE
-from ..lm.ground import GroundConfig, TaskWeights, ground
-from ..lm.imagine import Imagination, generate, imagine_by_parts, imagine_filtered
+from ..lm.ground import ground
+from ..lm.generate import Imagination, generate
+from ..lm.imagine import imagine_filtered
 from ..lm.model import KalmLM
+from ..lm.parts import imagine_by_parts
 from ..lm.quality import quality, repair_unreal
+from ..lm.settings import GroundConfig, TaskWeights
 from .folder import Run, Stopped, device, need
 from .presets import Imagined
 from ..tensors.store import fast_dtype

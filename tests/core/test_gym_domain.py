@@ -96,6 +96,29 @@ def test_state_spaces():
     assert d.state_space.shape == (16,) and d.start(d.goals("offline"), [0], [3]).states.tolist() == [[1.] + [0.] * 15]
 
 
+class Named(Scripted):
+    "Observations with names: a place and whether a door is open."
+    observation_space = gym.spaces.Dict(place=gym.spaces.Box(0, 9, (2,), np.float32), door=gym.spaces.Discrete(2))
+
+    def reset(self, *, seed=None, options=None):
+        return self.seen(), super().reset(seed=seed, options=options)[1]
+
+    def step(self, action):
+        return self.seen(), *super().step(action)[1:]
+
+    def seen(self):
+        return {"place": np.array([3, 4], np.float32), "door": 1}
+
+
+def test_the_layout_of_a_flattened_dictionary_is_told_and_true():
+    d = GymDomain(Named, GO, "terminated", max_steps=5)
+    start = d.start(d.goals("offline"), [0], [0]).states[0].tolist()
+    layout = repr(d).split("states of 4 numbers ")[1]
+    assert layout.startswith("(place 0 to 1, door 2 to 3), Discrete(2)") and start == [3, 4, 0, 1]
+    with_observe = GymDomain(Named, GO, "terminated", max_steps=5, observe=lambda o: o["place"])
+    assert "states of 2 numbers, " in repr(with_observe)
+
+
 def test_success_and_reward_of_any_states():
     d = GymDomain(LineEnv, {"offline": line_goals("offline")}, lambda goal, s, start: reached(goal.task["side"], s),
                   reward=lambda goal, s, after, start: after[..., 0] - start[..., 0])

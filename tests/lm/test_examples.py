@@ -15,7 +15,6 @@ from kalm.core.domain import Words, codec_of
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
 from kalm.lm.examples import PASSAGE, Examples, Planned, collate, pack
-from kalm.lm.ground import GroundConfig, TaskWeights
 from kalm.lm.model import ACTION, PAD, STATE, TEXT, Adapter, KalmLM
 from kalm.lm.sequences import (
     ACT,
@@ -26,12 +25,12 @@ from kalm.lm.sequences import (
     NOTHING,
     PROMPTS,
     STEP,
-    TASKS,
     WORD,
     Sequence,
     Writer,
     prompts_of,
 )
+from kalm.lm.settings import TASKS, GroundConfig, TaskWeights
 from kalm.lm.tasks import compose, ordinary_text, passages
 
 pytestmark = pytest.mark.usefixtures("cache")

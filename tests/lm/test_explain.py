@@ -165,7 +165,7 @@ def heard(monkeypatch):
 
 
 def test_questions_are_put_as_in_training(lively, domain, heard):
-    from kalm.lm.ground import GroundConfig
+    from kalm.lm.settings import GroundConfig
     from kalm.lm.tasks import Caption, Explain, Generate, Material
 
     r = made_up(domain, 1, steps=3)

@@ -23,9 +23,10 @@ from kalm.core.domain import codec_of
 from kalm.core.episodes import collect
 from kalm.core.files import numpy_rng, read_csv
 from kalm.lm.examples import Examples, Planned, collate
-from kalm.lm.ground import GroundConfig, Grounder, Losses, TaskWeights, Training, ground, learning_rate, prepare
+from kalm.lm.ground import Grounder, Losses, Training, ground, learning_rate, prepare
 from kalm.lm.model import PAD, Adapter, KalmLM, Normaliser
-from kalm.lm.sequences import ARROW, MEANING, TASKS, prompts_of
+from kalm.lm.sequences import ARROW, MEANING, prompts_of
+from kalm.lm.settings import TASKS, GroundConfig, TaskWeights
 from kalm.lm.tasks import Generate
 from kalm.tensors.store import torch_rng
 

@@ -9,24 +9,17 @@ from lively import assert_close, lively_lm, made_up, same
 from worlds import line, reached
 
 import kalm.lm.imagine as imagine_module
+import kalm.lm.parts as parts_module
 from kalm.core.files import numpy_rng
 from kalm.core.goals import Goal
 from kalm.core.gym_domain import GymDomain
 from kalm.core.results import wilson
 from kalm.core.rollouts import IMAGINED, REAL, Rollouts
 from kalm.lm.explain import Meaning
-from kalm.lm.imagine import (
-    Imagination,
-    PartByPart,
-    act_in,
-    generate,
-    imagine,
-    imagine_by_parts,
-    imagine_filtered,
-    parts_of,
-    unreal_steps,
-)
+from kalm.lm.generate import Imagination, act_in, generate
+from kalm.lm.imagine import imagine, imagine_filtered, unreal_steps
 from kalm.lm.model import ACTION, STATE, TEXT
+from kalm.lm.parts import PartByPart, imagine_by_parts, parts_of
 from kalm.lm.sequences import Writer
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -375,7 +368,7 @@ def test_parts_are_taught_goals_or_none(discrete, monkeypatch):
         "": [],
     }
     for said, want in cases.items():
-        monkeypatch.setattr(imagine_module, "meaning", lambda lm, texts, **kw: [Meaning(said, 1.0)] * len(texts))
+        monkeypatch.setattr(parts_module, "meaning", lambda lm, texts, **kw: [Meaning(said, 1.0)] * len(texts))
         assert parts_of(lm, domain, ["a", "b"]) == [[taught[side] for side in want]] * 2
 
 
@@ -407,7 +400,7 @@ class Obedient:
 @pytest.fixture
 def obedient(monkeypatch):
     generate = Obedient()
-    monkeypatch.setattr(imagine_module, "generate", generate)
+    monkeypatch.setattr(parts_module, "generate", generate)
     return generate.calls
 
 
@@ -467,7 +460,7 @@ def test_what_cannot_be_taken_apart_is_imagined_whole(discrete, rows):
 def test_some_rows_apart_and_others_whole(discrete, rows, monkeypatch):
     goals, index, states = rows
     plans = {g.text: [RIGHT] if k == 1 else [] for k, g in enumerate(goals)}
-    monkeypatch.setattr(imagine_module, "parts_of", lambda lm, domain, texts, n: [plans[t] for t in texts])
+    monkeypatch.setattr(parts_module, "parts_of", lambda lm, domain, texts, n: [plans[t] for t in texts])
     settings = Imagination(max_steps=4, stop="done")
     r = imagine_by_parts(*discrete, goals, index, states, settings=settings)
     assert r.goals == tuple(goals) and r.goal.tolist() == index.tolist()
@@ -496,8 +489,8 @@ def test_acting_begins_as_imagining_does(discrete):
     "The first actions are those of rollouts imagined from the same starts."
     lm, domain = discrete
     real = act_in(lm, domain, domain.goals("offline"), 8, seed=1)
-    dreams = generate(lm, domain, real.goals, real.goal, real.states[:, 0], settings=Imagination(seed=1, stop="limit"))
-    np.testing.assert_array_equal(real.actions[:, 0], dreams.actions[:, 0])
+    made = generate(lm, domain, real.goals, real.goal, real.states[:, 0], settings=Imagination(seed=1, stop="limit"))
+    np.testing.assert_array_equal(real.actions[:, 0], made.actions[:, 0])
 
 
 def test_acting_uses_the_starts_of_evaluation(discrete):

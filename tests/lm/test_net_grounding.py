@@ -14,9 +14,10 @@ from kalm.core.domain import codec_of
 from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
 from kalm.lm.examples import Examples
-from kalm.lm.ground import GroundConfig, Progress, TaskWeights, ground, prepare
+from kalm.lm.ground import Progress, ground, prepare
 from kalm.lm.model import Adapter, KalmLM, Normaliser
-from kalm.lm.sequences import ACT, DONE, JUMP, STEP, TASKS, WORD, prompts_of
+from kalm.lm.sequences import ACT, DONE, JUMP, STEP, WORD, prompts_of
+from kalm.lm.settings import TASKS, GroundConfig, TaskWeights
 
 NET = Path(__file__).parents[1] / "net"
 SAME = (
