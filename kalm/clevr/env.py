@@ -9,6 +9,7 @@ import operator
 
 import gymnasium as gym
 import numpy as np
+from fastcore.basics import patch
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -211,39 +212,43 @@ class ClevrRobotVectorEnv(_Rows):
         "A copy of qpos then qvel of every row."
         return self._physics.copy()
 
-    def reset(self, *, seed=None, # a number (row i gets seed + i) or one for each row
-              options=None):      # goal or goals, states (B, 10) or physics (B, 69)
-        "Start all rows."
-        options = _options(options, ("goal", "goals", "states", "physics"))
-        goals = self._asked_goals(options.get("goal"), options.get("goals"))
-        physics = _explicit(options.get("states"), options.get("physics"), (self.num_envs,))
-        self._seed(seed)
-        if goals:
-            self._set_goals(goals)
-        self._physics = np.empty((self.num_envs, N_PHYSICS)) if physics is None else physics
-        if physics is None:
-            self._restart(self._index)
-        self._state = states_of(self._physics)
-        self._first, self._steps = self._state.copy(), np.zeros(self.num_envs, int)
-        self._done = np.zeros(self.num_envs, bool)
-        return self._state.copy(), self._info(success_rows(self.goals, self._index, self._state, self._first))
-
-    def step(self, actions):
-        "One action in each row; rows that were done start a new episode instead."
-        if self._physics is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        actions, new, before = check_actions(actions, (self.num_envs,)), self._done, self._state
-        self._physics[~new] = self.engine.step(self._physics[~new], actions[~new])
-        self._restart(np.flatnonzero(new))
-        self._state = states_of(self._physics)
-        self._first[new] = self._state[new]
-        self._steps = np.where(new, 0, self._steps + 1)
-        rewards, success = judge(self.goals, self._index, before, self._state, self._first)
-        rewards, success = np.where(new, 0, rewards).astype(np.float64), success & ~new
-        truncated = ~new & ~success & (self._steps >= self._limits)
-        self._done = success | truncated
-        return self._state.copy(), rewards, success, truncated, self._info(success.copy())
-
     def render(self):
         "A tuple of pictures, one a row; None without render_mode."
         return tuple(draw_physics(self._physics, self.size)) if self.render_mode == "rgb_array" else None
+
+# %% ../../nbs/clevr/35_env.ipynb #7c3d1adb
+@patch
+def reset(self: ClevrRobotVectorEnv, *, seed=None, # a number (row i gets seed + i) or one for each row
+          options=None):      # goal or goals, states (B, 10) or physics (B, 69)
+    "Start all rows."
+    options = _options(options, ("goal", "goals", "states", "physics"))
+    goals = self._asked_goals(options.get("goal"), options.get("goals"))
+    physics = _explicit(options.get("states"), options.get("physics"), (self.num_envs,))
+    self._seed(seed)
+    if goals:
+        self._set_goals(goals)
+    self._physics = np.empty((self.num_envs, N_PHYSICS)) if physics is None else physics
+    if physics is None:
+        self._restart(self._index)
+    self._state = states_of(self._physics)
+    self._first, self._steps = self._state.copy(), np.zeros(self.num_envs, int)
+    self._done = np.zeros(self.num_envs, bool)
+    return self._state.copy(), self._info(success_rows(self.goals, self._index, self._state, self._first))
+
+
+@patch
+def step(self: ClevrRobotVectorEnv, actions):
+    "One action in each row; rows that were done start a new episode instead."
+    if self._physics is None:
+        raise gym.error.ResetNeeded("call reset() before step()")
+    actions, new, before = check_actions(actions, (self.num_envs,)), self._done, self._state
+    self._physics[~new] = self.engine.step(self._physics[~new], actions[~new])
+    self._restart(np.flatnonzero(new))
+    self._state = states_of(self._physics)
+    self._first[new] = self._state[new]
+    self._steps = np.where(new, 0, self._steps + 1)
+    rewards, success = judge(self.goals, self._index, before, self._state, self._first)
+    rewards, success = np.where(new, 0, rewards).astype(np.float64), success & ~new
+    truncated = ~new & ~success & (self._steps >= self._limits)
+    self._done = success | truncated
+    return self._state.copy(), rewards, success, truncated, self._info(success.copy())

@@ -39,7 +39,7 @@ def _check_takes(function, what: str, *names: str) -> None:
 def _goal_option(goal: Goal) -> dict:
     return {"goal": goal}
 
-
+# %% ../../nbs/core/60_gym_domain.ipynb #9d3454a6
 class GymDomain(Domain):
     "A Gymnasium environment with goals in words. `ValueError` says what does not fit."
     def __init__(self,
@@ -95,15 +95,6 @@ class GymDomain(Domain):
         width = self.state_space.shape[0]
         layout = _layout(self._space) if self.observe is None else ""
         return f"GymDomain({self.name!r}: states of {width} numbers{layout}, {self.action_space}, goals {counts})"
-
-
-def _layout(space: gym.Space) -> str:
-    "Which numbers of a flattened dictionary are whose: ' (goal 0 to 1, place 2 to 5)'; nothing for other spaces."
-    if not isinstance(space, gym.spaces.Dict):
-        return ""
-    ends = np.cumsum([flatdim(part) for part in space.values()])
-    whose = [f"{key} {end - flatdim(part)} to {end - 1}" for (key, part), end in zip(space.items(), ends)]
-    return f" ({', '.join(whose)})"
 
 # %% ../../nbs/core/60_gym_domain.ipynb #4a4918a8
 def _goal_lists(goals, levels, max_steps: int | None, name: str) -> dict[str, list[Goal]]:
@@ -186,6 +177,15 @@ def _state_space(self: GymDomain, env: gym.Env) -> gym.spaces.Box:
         low, high = (np.asarray(bound, np.float32).ravel() for bound in (space.low, space.high))
         return gym.spaces.Box(low, high, dtype=np.float32)
     return gym.spaces.Box(-np.inf, np.inf, (self._width,), np.float32)
+
+
+def _layout(space: gym.Space) -> str:
+    "Which numbers of a flattened dictionary are whose: ' (goal 0 to 1, place 2 to 5)'; nothing for other spaces."
+    if not isinstance(space, gym.spaces.Dict):
+        return ""
+    ends = np.cumsum([flatdim(part) for part in space.values()])
+    whose = [f"{key} {end - flatdim(part)} to {end - 1}" for (key, part), end in zip(space.items(), ends)]
+    return f" ({', '.join(whose)})"
 
 # %% ../../nbs/core/60_gym_domain.ipynb #9afcd51a
 @patch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 import torch
 
 from ..core.domain import Domain, Words
@@ -57,26 +58,32 @@ class Speaking:
                     work.push(TEXT, ids=tokens[~over])
         return [self.answer(row) for row in range(len(self.prompts))]
 
-    def say(self, rows: np.ndarray, h: torch.Tensor) -> np.ndarray: # (n,) tokens
-        "The next word of each of `rows`, whose hidden vectors are `h` (n, D)."
-        about = None if self.states is None else torch.as_tensor(self.states[rows], device=self.lm.device)
-        log_p, tokens = self.lm.text_logits(h.to(self.lm.backbone.dtype), about).float().log_softmax(-1).max(-1)
-        for row, token, p in zip(rows, tokens.tolist(), log_p.tolist()):
-            self.said[row].append(token)
-            self.log_p[row].append(p)
-        return tokens.cpu().numpy()
+# %% ../../nbs/lm/70_explain.ipynb #a723227b
+@patch
+def say(self: Speaking, rows: np.ndarray, h: torch.Tensor) -> np.ndarray: # (n,) tokens
+    "The next word of each of `rows`, whose hidden vectors are `h` (n, D)."
+    about = None if self.states is None else torch.as_tensor(self.states[rows], device=self.lm.device)
+    log_p, tokens = self.lm.text_logits(h.to(self.lm.backbone.dtype), about).float().log_softmax(-1).max(-1)
+    for row, token, p in zip(rows, tokens.tolist(), log_p.tolist()):
+        self.said[row].append(token)
+        self.log_p[row].append(p)
+    return tokens.cpu().numpy()
 
-    def is_over(self, row: int) -> bool:
-        "Whether an answer ended, is too long, or came to the tokens `until`."
-        said = self.said[row]
-        stopped = bool(self.until) and said[-len(self.until):] == self.until
-        return said[-1] == self.end or len(said) >= self.max_tokens or stopped
 
-    def answer(self, row: int) -> Answer:
-        "What was said."
-        words = [(i, p) for i, p in zip(self.said[row], self.log_p[row]) if i != self.end]
-        text = self.lm.tokenizer.decode([i for i, _ in words]).strip()
-        return Answer(text, math.exp(np.mean([p for _, p in words])) if words else 0.)
+@patch
+def is_over(self: Speaking, row: int) -> bool:
+    "Whether an answer ended, is too long, or came to the tokens `until`."
+    said = self.said[row]
+    stopped = bool(self.until) and said[-len(self.until):] == self.until
+    return said[-1] == self.end or len(said) >= self.max_tokens or stopped
+
+
+@patch
+def answer(self: Speaking, row: int) -> Answer:
+    "What was said."
+    words = [(i, p) for i, p in zip(self.said[row], self.log_p[row]) if i != self.end]
+    text = self.lm.tokenizer.decode([i for i, _ in words]).strip()
+    return Answer(text, math.exp(np.mean([p for _, p in words])) if words else 0.)
 
 # %% ../../nbs/lm/70_explain.ipynb #134bffb6
 def story(writer: Writer, rollout, prompt: tuple[Sequence[int], Sequence[int]]) -> list[Element]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -147,49 +148,57 @@ class Imagining:
                 if len(actions):
                     self.predict(actions)
 
-    def prompt(self, row: int) -> list[Element]:
-        "What the model reads first."
-        return goal_prompt(self.writer, self.goals[self.index[row]].text, self.states[row, 0])
-
-    def ask(self) -> np.ndarray:
-        "Actions of all rows at work, once those whose time is up, or that the model calls done, have left."
-        rows = self.scheduler.rows
-        self.finish(self.lengths[rows] >= self.limit[rows], success=False)
-        rows = self.scheduler.rows
-        if not len(rows):
-            return self.actions[:0, 0]
-        t = self.lengths[rows]
-        actions, done = self.choose(self.scheduler.h, self.states[rows, t], rows, t)
-        if self.stop == "done":
-            self.finish(done, success=True)
-            actions = actions[~done]
-        return actions
-
-    def predict(self, actions: np.ndarray) -> None:
-        "Append actions (n,) and the states that the model expects after them; rows that met their goal leave."
-        rows = self.scheduler.rows
-        t = self.lengths[rows]
-        now = self.states[rows, t]
-        h = self.scheduler.push(ACTION, states=now, **action_columns(actions))
-        after = self.lm.next_states(h, torch.as_tensor(now, device=h.device)).cpu().numpy()
-        self.actions[rows, t], self.states[rows, t + 1], self.lengths[rows] = actions, after, t + 1
-        if self.stop == "success":
-            met = judge_success(self.domain, self.goals, self.index[rows], after, self.states[rows, 0])
-            self.finish(met, success=True)
-            after = after[~met]
-        if len(after):
-            self.scheduler.push(STATE, states=after)
-
-    def finish(self, over: np.ndarray, success: bool) -> None:
-        "Rows with `over` (n,) bool are over and leave."
-        self.success[self.scheduler.rows[over]] = success
-        self.bar.update(int(over.sum()))
-        self.scheduler.leave(over)
-
     def rollouts(self, seeds: np.ndarray | None = None) -> Rollouts:
         "What was imagined."
         made = self.states, self.actions, self.lengths, self.success
         return imagined(self.domain, self.goals, self.index, *made, seeds)
+
+# %% ../../nbs/lm/65_generate.ipynb #d0fd2406
+@patch
+def prompt(self: Imagining, row: int) -> list[Element]:
+    "What the model reads first."
+    return goal_prompt(self.writer, self.goals[self.index[row]].text, self.states[row, 0])
+
+
+@patch
+def ask(self: Imagining) -> np.ndarray:
+    "Actions of all rows at work, once those whose time is up, or that the model calls done, have left."
+    rows = self.scheduler.rows
+    self.finish(self.lengths[rows] >= self.limit[rows], success=False)
+    rows = self.scheduler.rows
+    if not len(rows):
+        return self.actions[:0, 0]
+    t = self.lengths[rows]
+    actions, done = self.choose(self.scheduler.h, self.states[rows, t], rows, t)
+    if self.stop == "done":
+        self.finish(done, success=True)
+        actions = actions[~done]
+    return actions
+
+
+@patch
+def predict(self: Imagining, actions: np.ndarray) -> None:
+    "Append actions (n,) and the states that the model expects after them; rows that met their goal leave."
+    rows = self.scheduler.rows
+    t = self.lengths[rows]
+    now = self.states[rows, t]
+    h = self.scheduler.push(ACTION, states=now, **action_columns(actions))
+    after = self.lm.next_states(h, torch.as_tensor(now, device=h.device)).cpu().numpy()
+    self.actions[rows, t], self.states[rows, t + 1], self.lengths[rows] = actions, after, t + 1
+    if self.stop == "success":
+        met = judge_success(self.domain, self.goals, self.index[rows], after, self.states[rows, 0])
+        self.finish(met, success=True)
+        after = after[~met]
+    if len(after):
+        self.scheduler.push(STATE, states=after)
+
+
+@patch
+def finish(self: Imagining, over: np.ndarray, success: bool) -> None:
+    "Rows with `over` (n,) bool are over and leave."
+    self.success[self.scheduler.rows[over]] = success
+    self.bar.update(int(over.sum()))
+    self.scheduler.leave(over)
 
 # %% ../../nbs/lm/65_generate.ipynb #0f4cdfc0
 def step_limits(goals: Sequence[Goal], index: np.ndarray, max_steps: int | None) -> np.ndarray: # (B,) int64

@@ -70,7 +70,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
         starts = start_states(domain, goals, index, seeds)
     return _imagined((lm, domain, goals, index, starts, seeds, settings), filter, parts)
 
-
+# %% ../../nbs/lm/80_imagine.ipynb #8b021289
 def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
     "What was asked for, imagined in the way that the options say."
     lm, domain, *_, settings = request
@@ -85,7 +85,7 @@ def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
         return out[~(off | fast).any(1)]
     return out
 
-
+# %% ../../nbs/lm/80_imagine.ipynb #9634874e
 def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter: str | None, parts: bool) -> None:
     check_domain(domain)
     if not goals or n < 1:
@@ -104,7 +104,7 @@ def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter
     if parts:
         check_words(domain, "parts=True")
 
-
+# %% ../../nbs/lm/80_imagine.ipynb #21b9384a
 def start_states(domain: Domain, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray) -> np.ndarray: # (B, S)
     "Where episodes with these goals and seeds begin."
     pieces = [slice(k, k + SIDE_BY_SIDE) for k in range(0, len(seeds), SIDE_BY_SIDE)]

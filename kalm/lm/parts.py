@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.domain import Domain, judge_success
 from ..core.goals import Goal
@@ -51,30 +52,6 @@ class PartByPart:
         for turn in range(self.rounds * max(map(len, self.plans), default=0)):
             self.take_turn(turn)
 
-    def take_turn(self, turn: int) -> None:
-        "Imagine the next part of each row that has one, that has time, and whose part does not hold already."
-        place = {part: k for k, part in enumerate(self.parts)}
-        has = np.array([bool(plan) and turn < self.rounds * len(plan) for plan in self.plans], bool)
-        rows = np.flatnonzero(has & (self.lengths < self.limit))
-        part = np.array([place[self.plans[b][turn % len(self.plans[b])]] for b in rows], np.int64)
-        here = self.states[rows, self.lengths[rows]]
-        if self.judged:
-            missing = ~judge_success(self.domain, self.parts, part, here, here)
-            rows, part, here = rows[missing], part[missing], here[missing]
-        if len(rows):
-            settings = replace(self.settings, max_steps=self.settings.part_steps, stop=None, progress=False)
-            self.append(rows, generate(self.lm, self.domain, self.parts, part, here, settings=settings, streams=rows))
-
-    def append(self, rows: np.ndarray, more: Rollouts) -> None:
-        "Let `more` (n,) rollouts follow on `rows`, as far as their limits go."
-        for b, rollout in zip(rows, more):
-            low = self.lengths[b]
-            n = min(len(rollout), self.limit[b] - low)
-            self.states[b, low + 1:low + n + 1] = rollout.states[1:n + 1]
-            self.actions[b, low:low + n] = rollout.actions[:n]
-            self.lengths[b] += n
-            self.said_done[b] &= rollout.success and n == len(rollout)
-
     def rollouts(self, seeds: np.ndarray | None = None) -> Rollouts:
         "What was imagined, cut where the whole goal is met first."
         success = self.said_done
@@ -88,6 +65,34 @@ class PartByPart:
             success = holds[np.arange(shape[0]), self.lengths]
         made = self.states, self.actions, self.lengths, success
         return imagined(self.domain, self.goals, self.index, *made, seeds)
+
+# %% ../../nbs/lm/75_parts.ipynb #bf8197ed
+@patch
+def take_turn(self: PartByPart, turn: int) -> None:
+    "Imagine the next part of each row that has one, that has time, and whose part does not hold already."
+    place = {part: k for k, part in enumerate(self.parts)}
+    has = np.array([bool(plan) and turn < self.rounds * len(plan) for plan in self.plans], bool)
+    rows = np.flatnonzero(has & (self.lengths < self.limit))
+    part = np.array([place[self.plans[b][turn % len(self.plans[b])]] for b in rows], np.int64)
+    here = self.states[rows, self.lengths[rows]]
+    if self.judged:
+        missing = ~judge_success(self.domain, self.parts, part, here, here)
+        rows, part, here = rows[missing], part[missing], here[missing]
+    if len(rows):
+        settings = replace(self.settings, max_steps=self.settings.part_steps, stop=None, progress=False)
+        self.append(rows, generate(self.lm, self.domain, self.parts, part, here, settings=settings, streams=rows))
+
+
+@patch
+def append(self: PartByPart, rows: np.ndarray, more: Rollouts) -> None:
+    "Let `more` (n,) rollouts follow on `rows`, as far as their limits go."
+    for b, rollout in zip(rows, more):
+        low = self.lengths[b]
+        n = min(len(rollout), self.limit[b] - low)
+        self.states[b, low + 1:low + n + 1] = rollout.states[1:n + 1]
+        self.actions[b, low:low + n] = rollout.actions[:n]
+        self.lengths[b] += n
+        self.said_done[b] &= rollout.success and n == len(rollout)
 
 # %% ../../nbs/lm/75_parts.ipynb #8f763de4
 def imagine_by_parts(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,

@@ -149,25 +149,6 @@ class Replay:
             imagined_fraction=imagined_fraction, fractions=None if fractions is None else self.shares,
             encoder=self.encoder.spec(), whitening=whitening and whitening.spec()))
 
-    def _place(self, datasets, weights, imagined_fraction, fractions, device) -> None:
-        "Rows group by group, and the encodings of their sentences."
-        self.texts, maps = _sentences(datasets)
-        floats, whole, source = zip(*(_rows(r, w) for r, w in zip(datasets, weights)))
-        groups, self.shares, self.group_names = _groups(source, imagined_fraction, fractions)
-        group = np.concatenate(groups)
-        ints = [np.concatenate([m[w[:, :1]], g[:, None], w[:, 1:]], 1) for m, w, g in zip(maps, whole, groups)]
-        order = np.argsort(group, kind="stable")
-        self.sizes = np.bincount(group, minlength=len(self.shares)).tolist()
-        for name, share, size in zip(self.group_names, self.shares, self.sizes):
-            if share and not size:
-                raise ValueError(f"{share:g} of a batch is to be {name}, but there are no such transitions")
-        rows = np.asarray(self.encoder.encode(self.texts), np.float32)
-        if rows.shape[0] != len(self.texts) or not np.isfinite(rows).all():
-            raise ValueError(f"encodings of shape {rows.shape} for {len(self.texts)} sentences: expected finite (N, E)")
-        rows = self.whitening(rows) if self.whitening else rows
-        arrays = np.concatenate(floats)[order], np.concatenate(ints)[order], rows
-        self.floats, self.ints, self.encodings = (torch.from_numpy(a).to(device) for a in arrays)
-
     def __len__(self) -> int:
         return len(self.floats)
 
@@ -188,6 +169,27 @@ class Replay:
     def __repr__(self) -> str:
         parts = " + ".join(f"{n:,} {name}" for n, name in zip(self.sizes, self.group_names))
         return f"Replay({parts} transitions, {len(self.texts):,} sentences, {self.codec})"
+
+# %% ../../nbs/rl/20_replay.ipynb #593f1668
+@patch
+def _place(self: Replay, datasets, weights, imagined_fraction, fractions, device) -> None:
+    "Rows group by group, and the encodings of their sentences."
+    self.texts, maps = _sentences(datasets)
+    floats, whole, source = zip(*(_rows(r, w) for r, w in zip(datasets, weights)))
+    groups, self.shares, self.group_names = _groups(source, imagined_fraction, fractions)
+    group = np.concatenate(groups)
+    ints = [np.concatenate([m[w[:, :1]], g[:, None], w[:, 1:]], 1) for m, w, g in zip(maps, whole, groups)]
+    order = np.argsort(group, kind="stable")
+    self.sizes = np.bincount(group, minlength=len(self.shares)).tolist()
+    for name, share, size in zip(self.group_names, self.shares, self.sizes):
+        if share and not size:
+            raise ValueError(f"{share:g} of a batch is to be {name}, but there are no such transitions")
+    rows = np.asarray(self.encoder.encode(self.texts), np.float32)
+    if rows.shape[0] != len(self.texts) or not np.isfinite(rows).all():
+        raise ValueError(f"encodings of shape {rows.shape} for {len(self.texts)} sentences: expected finite (N, E)")
+    rows = self.whitening(rows) if self.whitening else rows
+    arrays = np.concatenate(floats)[order], np.concatenate(ints)[order], rows
+    self.floats, self.ints, self.encodings = (torch.from_numpy(a).to(device) for a in arrays)
 
 # %% ../../nbs/rl/20_replay.ipynb #e845d1a5
 @patch

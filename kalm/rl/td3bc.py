@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.actions import DiscreteActions
@@ -55,7 +56,7 @@ class TD3BCLoss:
     actor: Tensor      # what the actor minimises
     imitation: Tensor  # mean squared distance of the actor's actions from the data's
 
-
+# %% ../../nbs/rl/70_td3bc.ipynb #a9f14fcb
 class _TD3BCLearner(Learner):
     "An actor, two critics, and slowly moving copies of all three."
     def __init__(self, replay: Replay, settings: TD3BC, seeds: Sequence[int]):
@@ -81,32 +82,37 @@ class _TD3BCLearner(Learner):
         x = torch.cat([states, actions], -1)
         return torch.stack([net(x, encodings).squeeze(-1) for net in nets])
 
-    def update(self, batch: Batch) -> TD3BCLoss:
-        c, data = self.settings, scaled_actions(batch.actions, self.codec)
-        with torch.no_grad():
-            action = self.slow_actor(batch.next_states, batch.encodings).tanh()
-            action = smoothed(action, self.normal("noise", *action.shape[1:]), c.noise, c.most_noise)
-            judged = self.values(self.slow_critics, batch.next_states, action, batch.encodings)
-            target = td3_target(batch.rewards, batch.bootstrap, judged, c.discount)
-        q = self.values(self.critics, batch.states, data, batch.encodings)
-        losses = (batch.weights * (q - target).square()).mean(-1).sum(0)
-        self.minimise("critics", losses)
-        actor = imitation = torch.full_like(losses, math.nan)
-        if self.steps % c.actor_every == 0:
-            actor, imitation = self._actor_step(batch, data)
-        return TD3BCLoss(losses, q.mean((0, 2)), actor, imitation)
+# %% ../../nbs/rl/70_td3bc.ipynb #0632dc8f
+@patch
+def update(self: _TD3BCLearner, batch: Batch) -> TD3BCLoss:
+    "See `Learner.update`."
+    c, data = self.settings, scaled_actions(batch.actions, self.codec)
+    with torch.no_grad():
+        action = self.slow_actor(batch.next_states, batch.encodings).tanh()
+        action = smoothed(action, self.normal("noise", *action.shape[1:]), c.noise, c.most_noise)
+        judged = self.values(self.slow_critics, batch.next_states, action, batch.encodings)
+        target = td3_target(batch.rewards, batch.bootstrap, judged, c.discount)
+    q = self.values(self.critics, batch.states, data, batch.encodings)
+    losses = (batch.weights * (q - target).square()).mean(-1).sum(0)
+    self.minimise("critics", losses)
+    actor = imitation = torch.full_like(losses, math.nan)
+    if self.steps % c.actor_every == 0:
+        actor, imitation = self._actor_step(batch, data)
+    return TD3BCLoss(losses, q.mean((0, 2)), actor, imitation)
 
-    def _actor_step(self, batch: Batch, data: Tensor) -> tuple[Tensor, Tensor]:
-        "Move the actor, then all slow copies."
-        action = self.actor(batch.states, batch.encodings).tanh()
-        value = self.values(self.critics[:1], batch.states, action, batch.encodings)[0]
-        losses, imitation = td3bc_actor_loss(value, action, data, self.settings.alpha, batch.weights)
-        self.minimise("policy", losses)
-        with torch.no_grad():
-            for net, slow in self.pairs:
-                for p, t in zip(net.parameters(), slow.parameters()):
-                    t.lerp_(p, self.settings.tau)
-        return losses, imitation
+
+@patch
+def _actor_step(self: _TD3BCLearner, batch: Batch, data: Tensor) -> tuple[Tensor, Tensor]:
+    "Move the actor, then all slow copies."
+    action = self.actor(batch.states, batch.encodings).tanh()
+    value = self.values(self.critics[:1], batch.states, action, batch.encodings)[0]
+    losses, imitation = td3bc_actor_loss(value, action, data, self.settings.alpha, batch.weights)
+    self.minimise("policy", losses)
+    with torch.no_grad():
+        for net, slow in self.pairs:
+            for p, t in zip(net.parameters(), slow.parameters()):
+                t.lerp_(p, self.settings.tau)
+    return losses, imitation
 
 # %% ../../nbs/rl/70_td3bc.ipynb #9d59d134
 @dataclass(frozen=True)
