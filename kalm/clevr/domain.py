@@ -70,7 +70,18 @@ def symmetries(rollouts: Rollouts, # of move or push goals; their list holds eac
               ) -> Rollouts:       # for the same list of goals, without seeds of starts
     """`n` rollouts that the physics cannot tell from those given: balls renamed, the table mirrored.
 
-    `ValueError` if a rollout's goal is neither a move nor a push, or has no twin among the goals."""
+    `ValueError` if a rollout's goal is neither a move nor a push, or has no twin among the goals.
+
+    Parameters
+    ----------
+    rollouts
+        of move or push goals; their list holds each goal's twins too
+
+    Returns
+    -------
+    Rollouts
+        for the same list of goals, without seeds of starts
+    """
     if not len(rollouts):
         raise ValueError("no rollouts to copy: expected at least one")
     rng = numpy_rng(seed, "symmetric")
@@ -88,7 +99,13 @@ def symmetries(rollouts: Rollouts, # of move or push goals; their list holds eac
 class ClevrRobot(Domain):
     """Five balls on a table and an agent that pushes them; a state holds their (x, y) in metres, in colour order.
 
-    Actions are ball * 8 + direction. Goals are judged on states alone, so imagined rollouts can be judged too."""
+    Actions are ball * 8 + direction. Goals are judged on states alone, so imagined rollouts can be judged too.
+
+    Parameters
+    ----------
+    threads
+        of a simulator; one a core if not given
+    """
     name = "clevr"
     unit = "m"  # of the numbers in a state
     levels = LEVELS

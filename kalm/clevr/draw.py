@@ -97,7 +97,18 @@ ARROWS = ("→", "↑", "←", "↓", "↗", "↖", "↘", "↙")  # by action %
 
 def action_words(action: int # ball * 8 + direction
                 ) -> str: # such as "red ↗"
-    "An action in a few characters."
+    """An action in a few characters.
+
+    Parameters
+    ----------
+    action
+        ball * 8 + direction
+
+    Returns
+    -------
+    str
+        such as "red ↗"
+    """
     if not 0 <= action < 40:
         raise ValueError(f"action {action}: expected 0 to 39 (ball * 8 + direction)")
     return f"{COLOURS[action // 8]} {ARROWS[action % 8]}"
@@ -123,7 +134,21 @@ def draw(ax,                    # matplotlib axes
          action: int | None = None,         # the push that led here from `before`; without that, the one to come
          goal: Goal | None = None           # shaded where it holds
         ) -> None:
-    "The balls from above, behind (+y) up."
+    """The balls from above, behind (+y) up.
+
+    Parameters
+    ----------
+    ax
+        matplotlib axes
+    state
+        (10,) metres
+    before
+        (10,) an earlier state: where moved balls came from, and a push began
+    action
+        the push that led here from `before`; without that, the one to come
+    goal
+        shaded where it holds
+    """
     x = _one_state(state, "state")
     start = x if before is None else _one_state(before, "before")
     (x0, y0), (x1, y1) = WALLS
@@ -154,7 +179,20 @@ def _one_state(state: np.ndarray, name: str) -> np.ndarray: # (5, 2)
 def project(points: np.ndarray,    # (N, 2) on the table, at the height of the balls' centres, metres
             size: tuple[int, int]  # height, width of the picture
            ) -> np.ndarray:        # (N, 2) column, row
-    "Where points appear in pictures of `kalm.clevr.render.render_states`."
+    """Where points appear in pictures of `kalm.clevr.render.render_states`.
+
+    Parameters
+    ----------
+    points
+        (N, 2) on the table, at the height of the balls' centres, metres
+    size
+        height, width of the picture
+
+    Returns
+    -------
+    np.ndarray
+        (N, 2) column, row
+    """
     model = load_model()
     camera, (height, width) = model.camera("front"), size
     points = np.c_[points, np.full(len(points), REST_Z)]
@@ -168,7 +206,19 @@ def draw_camera(ax,                 # matplotlib axes
                 action: int | None = None,           # the push to come: the agent stands where it begins
                 size: tuple[int, int] = (174, 232)   # height, width in pixels
                ) -> None:
-    "A picture from the front of the table; `gymnasium.error.DependencyNotInstalled` where there is no OpenGL."
+    """A picture from the front of the table; `gymnasium.error.DependencyNotInstalled` where there is no OpenGL.
+
+    Parameters
+    ----------
+    ax
+        matplotlib axes
+    state
+        (10,) metres
+    action
+        the push to come: the agent stands where it begins
+    size
+        height, width in pixels
+    """
     x, agents = _one_state(state, "state"), None
     if action is not None:
         action_words(int(action))

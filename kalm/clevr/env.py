@@ -89,7 +89,17 @@ def _explicit(states=None, physics=None, shape: tuple = ()) -> np.ndarray | None
 
 # %% ../../nbs/clevr/35_env.ipynb #1d9e2535
 class ClevrRobotEnv(gym.Env):
-    "CLEVR-Robot, one goal at a time. Observation: ball positions, float32 (10,), metres. Action: ball * 8 + direction."
+    """CLEVR-Robot, one goal at a time. Observation: ball positions, float32 (10,), metres. Action: ball * 8 + direction.
+
+    Parameters
+    ----------
+    goal
+        red behind blue if not given
+    render_mode
+        None or "rgb_array"
+    size
+        height, width of pictures, pixels
+    """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
 
     def __init__(self, goal: Goal | None = None,        # red behind blue if not given
@@ -102,7 +112,13 @@ class ClevrRobotEnv(gym.Env):
 
     @property
     def physics(self) -> np.ndarray: # (69,) float64
-        "A copy of qpos then qvel."
+        """A copy of qpos then qvel.
+
+        Returns
+        -------
+        np.ndarray
+            (69,) float64
+        """
         return np.concatenate([self._data.qpos, self._data.qvel])
 
     def reset(self, *, seed=None, options=None):
@@ -188,7 +204,21 @@ class _Rows(VectorEnv):
 
 # %% ../../nbs/clevr/35_env.ipynb #6b5af779
 class ClevrRobotVectorEnv(_Rows):
-    "B CLEVR-Robots that step together: `gym.make_vec(..., vectorization_mode='vector_entry_point')`."
+    """B CLEVR-Robots that step together: `gym.make_vec(..., vectorization_mode='vector_entry_point')`.
+
+    Parameters
+    ----------
+    goal
+        one goal for all rows; red behind blue if not given
+    goals
+        or one for each row, a list of `num_envs`
+    threads
+        one a core if not given
+    render_mode
+        None or "rgb_array"
+    size
+        height, width of pictures, pixels
+    """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5, "autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs: int = 1,
@@ -209,7 +239,13 @@ class ClevrRobotVectorEnv(_Rows):
 
     @property
     def physics(self) -> np.ndarray: # (B, 69) float64
-        "A copy of qpos then qvel of every row."
+        """A copy of qpos then qvel of every row.
+
+        Returns
+        -------
+        np.ndarray
+            (B, 69) float64
+        """
         return self._physics.copy()
 
     def render(self):
@@ -220,7 +256,15 @@ class ClevrRobotVectorEnv(_Rows):
 @patch
 def reset(self: ClevrRobotVectorEnv, *, seed=None, # a number (row i gets seed + i) or one for each row
           options=None):      # goal or goals, states (B, 10) or physics (B, 69)
-    "Start all rows."
+    """Start all rows.
+
+    Parameters
+    ----------
+    seed
+        a number (row i gets seed + i) or one for each row
+    options
+        goal or goals, states (B, 10) or physics (B, 69)
+    """
     options = _options(options, ("goal", "goals", "states", "physics"))
     goals = self._asked_goals(options.get("goal"), options.get("goals"))
     physics = _explicit(options.get("states"), options.get("physics"), (self.num_envs,))

@@ -50,7 +50,20 @@ def _contact(x: np.ndarray) -> np.ndarray:
 def carried(x: np.ndarray,     # (B, 5, 2) balls, metres
             mates: np.ndarray  # (B, 5, 5) bool, True where the first ball must not push the second along
            ) -> np.ndarray:    # (B, 5, 8) metres
-    "How far each of the 40 pushes carries its ball: to a wall, to a mate, or half as far through another ball."
+    """How far each of the 40 pushes carries its ball: to a wall, to a mate, or half as far through another ball.
+
+    Parameters
+    ----------
+    x
+        (B, 5, 2) balls, metres
+    mates
+        (B, 5, 5) bool, True where the first ball must not push the second along
+
+    Returns
+    -------
+    np.ndarray
+        (B, 5, 8) metres
+    """
     touch, room = _contact(x), _room(x)
     give = np.where(mates, 0, _GIVE)[..., None]
     through = np.minimum(give * np.maximum(_STRIDE - touch, 0), room[:, None])
@@ -58,7 +71,13 @@ def carried(x: np.ndarray,     # (B, 5, 2) balls, metres
 
 
 def after_pushes(x: np.ndarray, mates: np.ndarray) -> np.ndarray: # (B, 5, 8, 5, 2)
-    "The balls after each of the 40 pushes, by `carried`; only the pushed ball moves."
+    """The balls after each of the 40 pushes, by `carried`; only the pushed ball moves.
+
+    Returns
+    -------
+    np.ndarray
+        (B, 5, 8, 5, 2)
+    """
     after = np.broadcast_to(x[:, None, None], (len(x), 5, 8, 5, 2)).copy()
     way = carried(x, mates)[..., None] * HEADINGS
     for ball in range(5):
@@ -72,7 +91,20 @@ BERTH = .30  # metres kept between the centres when a ball goes round another
 def way_round(offset: np.ndarray,    # (..., 2) from the target's centre to the source's, metres
               direction: np.ndarray  # compass index, broadcasts with offset[..., 0]
              ) -> np.ndarray:        # (...) metres
-    "Length of the shortest way from `offset` to the target's `direction` side, keeping out of a disc round the target."
+    """Length of the shortest way from `offset` to the target's `direction` side, keeping out of a disc round the target.
+
+    Parameters
+    ----------
+    offset
+        (..., 2) from the target's centre to the source's, metres
+    direction
+        compass index, broadcasts with offset[..., 0]
+
+    Returns
+    -------
+    np.ndarray
+        (...) metres
+    """
     goal = COMPASS_VECTORS[direction]
     along = (offset * goal).sum(-1)
     across = offset[..., 0] * goal[..., 1] - offset[..., 1] * goal[..., 0]
@@ -158,7 +190,20 @@ def _roles(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (B, 5) metres,
 def push_costs(states: np.ndarray, # (B, 10) metres
                parts: np.ndarray   # (B, K, 4) rows of `goal_table`
               ) -> np.ndarray:     # (B, 40) metres, infinite for pushes out of the question
-    "What would be left to do after each of the 40 pushes, by geometry alone."
+    """What would be left to do after each of the 40 pushes, by geometry alone.
+
+    Parameters
+    ----------
+    states
+        (B, 10) metres
+    parts
+        (B, K, 4) rows of `goal_table`
+
+    Returns
+    -------
+    np.ndarray
+        (B, 40) metres, infinite for pushes out of the question
+    """
     x = balls(states)
     reluctance, mates = _roles(parts)
     after, cost = after_pushes(x, mates), np.repeat(reluctance[:, :, None], 8, 2)
@@ -171,7 +216,20 @@ def expert_actions(goals: Sequence[Goal],
                    index: np.ndarray,  # (B,) which goal each row pursues
                    states: np.ndarray  # (B, 10) metres
                   ) -> np.ndarray:     # (B,) int64 actions
-    "The push that leaves the least to do."
+    """The push that leaves the least to do.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states
+        (B, 10) metres
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64 actions
+    """
     parts = goal_table(goals)[check_index(goals, index, len(states))]
     return push_costs(states, parts).argmin(1)
 
@@ -180,7 +238,22 @@ def stray_pushes(actions: np.ndarray, # (B,) the expert's
                  parts: np.ndarray,   # (B, K, 4) rows of `goal_table`
                  noise: np.ndarray,   # (B,) how likely a stray push is
                  rng: np.random.Generator) -> np.ndarray: # (B,) int64
-    "With probability `noise` a push in any direction: of the source (0.4), of the target (0.4) or of any ball (0.2)."
+    """With probability `noise` a push in any direction: of the source (0.4), of the target (0.4) or of any ball (0.2).
+
+    Parameters
+    ----------
+    actions
+        (B,) the expert's
+    parts
+        (B, K, 4) rows of `goal_table`
+    noise
+        (B,) how likely a stray push is
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64
+    """
     n = len(actions)
     chance, which = rng.random((2, n))
     anyone, direction = rng.integers(5, size=n), rng.integers(8, size=n)
@@ -195,7 +268,18 @@ STEADY_SHARE = .43  # of rollouts
 
 def noise_levels(u: np.ndarray # (..., 2) uniform numbers
                 ) -> np.ndarray: # (...)
-    "Noise levels: the first number says whether a rollout is steady, the second where in its range it lies."
+    """Noise levels: the first number says whether a rollout is steady, the second where in its range it lies.
+
+    Parameters
+    ----------
+    u
+        (..., 2) uniform numbers
+
+    Returns
+    -------
+    np.ndarray
+        (...)
+    """
     bounds = np.where(u[..., :1] < STEADY_SHARE, STEADY, ERRATIC)
     return bounds[..., 0] + (bounds[..., 1] - bounds[..., 0]) * u[..., 1]
 
@@ -225,7 +309,13 @@ BEHAVIOURS = {"medium": Behaviour(_act_medium), "expert": Behaviour(_act_expert)
 
 # %% ../../nbs/clevr/40_expert.ipynb #c1bf7e4c
 def statistics(rollouts: Rollouts) -> dict[str, float]: # counts, lengths (steps), shares, balance
-    "Numbers that describe a data set. `ValueError` if it is empty."
+    """Numbers that describe a data set. `ValueError` if it is empty.
+
+    Returns
+    -------
+    dict[str, float]
+        counts, lengths (steps), shares, balance
+    """
     lengths = rollouts.lengths
     if not len(lengths):
         raise ValueError("no rollouts: statistics need at least one")

@@ -46,7 +46,20 @@ PROGRESS_SCALE = 10.      # reward for a metre of progress
 def balls(states,               # (..., 10) x and y of the balls in colour order, metres
           name: str = "states"  # what to call them in an error
          ) -> np.ndarray:       # (..., 5, 2) float64
-    "States with one axis for the ball and one for x, y; `ValueError` if they are not states."
+    """States with one axis for the ball and one for x, y; `ValueError` if they are not states.
+
+    Parameters
+    ----------
+    states
+        (..., 10) x and y of the balls in colour order, metres
+    name
+        what to call them in an error
+
+    Returns
+    -------
+    np.ndarray
+        (..., 5, 2) float64
+    """
     x = np.asarray(states, dtype=np.float64)
     if x.ndim == 0 or x.shape[-1] != 10:
         raise ValueError(f"{name} of shape {x.shape}: expected (..., 10), the x and y of the five balls")
@@ -67,7 +80,20 @@ def _along_across(offset, direction):
 def in_sector(offset,     # (..., 2) from the target's centre to the source's, metres
               direction   # compass index, or an array of them that broadcasts with offset[..., 0]
              ) -> np.ndarray: # (...) bool
-    "Whether offsets lie within [-45, +45) degrees, counter-clockwise, of a compass direction."
+    """Whether offsets lie within [-45, +45) degrees, counter-clockwise, of a compass direction.
+
+    Parameters
+    ----------
+    offset
+        (..., 2) from the target's centre to the source's, metres
+    direction
+        compass index, or an array of them that broadcasts with offset[..., 0]
+
+    Returns
+    -------
+    np.ndarray
+        (...) bool
+    """
     along, across = _along_across(np.asarray(offset, dtype=np.float64), direction)
     return (-along <= across) & (across < along)
 
@@ -102,7 +128,13 @@ def _row(task: dict) -> tuple: # (type, source, target, direction); -1 where the
 
 
 def task_rows(task: dict) -> list[tuple]: # (type, source, target, direction) of each part
-    "A task as numbers, -1 where a part has no such field; `ValueError` says what does not fit."
+    """A task as numbers, -1 where a part has no such field; `ValueError` says what does not fit.
+
+    Returns
+    -------
+    list[tuple]
+        (type, source, target, direction) of each part
+    """
     if not isinstance(task, dict) or task.get("type") != "all":
         return [_row(task)]
     parts = task.get("parts")
@@ -140,7 +172,15 @@ def _made(task: dict, text: str | None, plain: str, level: str, kind: str) -> Go
 def move(source: str, target: str, direction: str, # two colours and a compass word
          text: str | None = None,                  # the sentence; a plain one if not given
          level: str = "offline", kind: str = "") -> Goal:
-    "The source ball beside the target ball, on its `direction` side."
+    """The source ball beside the target ball, on its `direction` side.
+
+    Parameters
+    ----------
+    source, target, direction
+        two colours and a compass word
+    text
+        the sentence; a plain one if not given
+    """
     task = dict(type="move", source=source, target=target, direction=direction)
     task_rows(task)
     return _made(task, text, f"Move {clause(task)}.", level, kind)
@@ -208,7 +248,13 @@ def _table(same: _SameGoals) -> np.ndarray:
 
 
 def goal_table(goals: Sequence[Goal]) -> np.ndarray: # (G, K, 4) int64, read-only; K: most parts of a goal
-    "Type (index into `TYPES`), source, target and direction of each part of each goal, -1 where there is none."
+    """Type (index into `TYPES`), source, target and direction of each part of each goal, -1 where there is none.
+
+    Returns
+    -------
+    np.ndarray
+        (G, K, 4) int64, read-only; K: most parts of a goal
+    """
     return _table(_SameGoals(goals))
 
 # %% ../../nbs/clevr/10_goals.ipynb #dae7e0b9
@@ -320,13 +366,34 @@ def success_rows(goals: Sequence[Goal],
                  states,     # (B, ..., 10) metres
                  start=None  # (B, 10) where each row started; needed where a row's goal is a push
                 ) -> np.ndarray: # (B, ...) bool
-    "Whether states satisfy the goals of their rows; `ValueError` for states or indices that do not fit."
+    """Whether states satisfy the goals of their rows; `ValueError` for states or indices that do not fit.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states
+        (B, ..., 10) metres
+    start
+        (B, 10) where each row started; needed where a row's goal is a push
+
+    Returns
+    -------
+    np.ndarray
+        (B, ...) bool
+    """
     x = _rows_of_balls(states)
     return _success(_by_type(goals, index, len(x)), x, None if start is None else _start_of_balls(start, x))
 
 
 def success(goal: Goal, states, start=None) -> np.ndarray: # (...) bool
-    "`success_rows` for one goal: states (..., 10) that all belong to a rollout which began at start (10,)."
+    """`success_rows` for one goal: states (..., 10) that all belong to a rollout which began at start (10,).
+
+    Returns
+    -------
+    np.ndarray
+        (...) bool
+    """
     x = np.asarray(states)[None]
     return success_rows([goal], [0], x, None if start is None else np.asarray(start)[None])[0]
 
@@ -335,7 +402,20 @@ def action_success(goals: Sequence[Goal],
                    index,    # (B,) which goal each row pursues; push goals only
                    actions   # (B, ...) ball * 8 + direction
                   ) -> np.ndarray: # (B, ...) bool
-    "Whether actions push the named ball in a direction that counts; `ValueError` unless all goals are pushes."
+    """Whether actions push the named ball in a direction that counts; `ValueError` unless all goals are pushes.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues; push goals only
+    actions
+        (B, ...) ball * 8 + direction
+
+    Returns
+    -------
+    np.ndarray
+        (B, ...) bool
+    """
     a = DiscreteActions(8 * len(COLOURS)).check(actions)
     row = goal_table(goals)[check_index(goals, index, len(a)), 0]   # (B, 4)
     if (row[:, 0] != TYPES.index("push")).any():
@@ -382,7 +462,13 @@ def _potential(groups, x) -> np.ndarray: # (B, ...) float64
 
 
 def potential_rows(goals: Sequence[Goal], index, states) -> np.ndarray: # (B, ...) float64, metres
-    "The potential of states (B, ..., 10) under the goals of their rows: what is left to do."
+    """The potential of states (B, ..., 10) under the goals of their rows: what is left to do.
+
+    Returns
+    -------
+    np.ndarray
+        (B, ...) float64, metres
+    """
     x = _rows_of_balls(states)
     return _potential(_by_type(goals, index, len(x)), x)
 
@@ -392,7 +478,22 @@ def reward_rows(goals: Sequence[Goal],
                 states, next_states, # (B, ..., 10) before and after a step, metres
                 start                # (B, 10) where each row started
                ) -> np.ndarray:      # (B, ...) float32
-    "100 where `next_states` succeed, else 10 x progress in metres. Rewards of padded steps mean nothing, mask them."
+    """100 where `next_states` succeed, else 10 x progress in metres. Rewards of padded steps mean nothing, mask them.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states, next_states
+        (B, ..., 10) before and after a step, metres
+    start
+        (B, 10) where each row started
+
+    Returns
+    -------
+    np.ndarray
+        (B, ...) float32
+    """
     x, y = _rows_of_balls(states), _rows_of_balls(next_states, "next_states")
     if x.shape != y.shape:
         raise ValueError(f"next_states of shape {np.shape(next_states)}: expected {np.shape(states)}, as states have")
@@ -418,7 +519,20 @@ def find_layout(goal: Goal,                          # any but a push
                 rng: np.random.Generator,
                 layouts: int = 32, steps: int = 4000 # how many to try at once, and for how long
                ) -> np.ndarray:                      # (10,) a state that satisfies the goal
-    "A state that satisfies a goal, balls apart and within the walls; `ValueError` if the search finds none."
+    """A state that satisfies a goal, balls apart and within the walls; `ValueError` if the search finds none.
+
+    Parameters
+    ----------
+    goal
+        any but a push
+    layouts, steps
+        how many to try at once, and for how long
+
+    Returns
+    -------
+    np.ndarray
+        (10,) a state that satisfies the goal
+    """
     if goal.task.get("type") == "push":
         raise ValueError("a push is a change of state, no layout satisfies it: give a move, all, line_up or gather "
                          "goal")

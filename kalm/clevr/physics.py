@@ -46,7 +46,13 @@ def model_xml() -> str:
 # %% ../../nbs/clevr/30_physics.ipynb #c4661f06
 @lru_cache(maxsize=None)
 def load_model() -> mujoco.MjModel:  # shared by everything in the process: treat it as read-only
-    "The compiled scene, the agent's inverse weight as MuJoCo 2 computed it."
+    """The compiled scene, the agent's inverse weight as MuJoCo 2 computed it.
+
+    Returns
+    -------
+    mujoco.MjModel
+        shared by everything in the process: treat it as read-only
+    """
     model = mujoco.MjModel.from_xml_string(model_xml())
     agent = model.body("agent").id
     inverse = 1 / (model.body_mass[agent] + model.dof_armature[_AGENT_V])
@@ -57,14 +63,36 @@ def load_model() -> mujoco.MjModel:  # shared by everything in the process: trea
 # %% ../../nbs/clevr/30_physics.ipynb #ba9a5c71
 def states_of(physics # (..., 69) qpos then qvel
              ) -> np.ndarray: # (..., 10) float32, metres
-    "What is seen of the physics: the five balls' (x, y), in colour order."
+    """What is seen of the physics: the five balls' (x, y), in colour order.
+
+    Parameters
+    ----------
+    physics
+        (..., 69) qpos then qvel
+
+    Returns
+    -------
+    np.ndarray
+        (..., 10) float32, metres
+    """
     q = np.asarray(physics)[..., :35]
     return q.reshape(*q.shape[:-1], 5, 7)[..., :2].reshape(*q.shape[:-1], 10).astype(np.float32)
 
 
 def physics_of(states # (..., 10) metres
               ) -> np.ndarray: # (..., 69) float64
-    "The physics at rest in a state: balls on the table, upright and without velocity, the agent in the middle."
+    """The physics at rest in a state: balls on the table, upright and without velocity, the agent in the middle.
+
+    Parameters
+    ----------
+    states
+        (..., 10) metres
+
+    Returns
+    -------
+    np.ndarray
+        (..., 69) float64
+    """
     states = check_finite(states, 10, "states")
     q = np.zeros((*states.shape[:-1], 5, 7))
     q[..., :2] = states.reshape(*states.shape[:-1], 5, 2)
@@ -75,7 +103,13 @@ def physics_of(states # (..., 10) metres
 
 
 def check_finite(x, width: int, name: str) -> np.ndarray: # (..., width) float64
-    "`x` as numbers with a last axis of `width`, or a `ValueError` that says what is wrong with it."
+    """`x` as numbers with a last axis of `width`, or a `ValueError` that says what is wrong with it.
+
+    Returns
+    -------
+    np.ndarray
+        (..., width) float64
+    """
     try:
         x = np.asarray(x, np.float64)
     except (TypeError, ValueError):
@@ -117,7 +151,13 @@ def _cores() -> int:
 
 
 def check_actions(actions, shape: tuple, name: str = "actions") -> np.ndarray: # int64
-    "Actions of the given shape, or a `ValueError`."
+    """Actions of the given shape, or a `ValueError`.
+
+    Returns
+    -------
+    np.ndarray
+        int64
+    """
     a = np.asarray(actions)
     if a.shape != shape or a.dtype.kind not in "iu":
         raise ValueError(f"{name}: expected integers of shape {shape}, got {a.dtype} of shape {a.shape}")
@@ -127,7 +167,13 @@ def check_actions(actions, shape: tuple, name: str = "actions") -> np.ndarray: #
 
 # %% ../../nbs/clevr/30_physics.ipynb #43445f0d
 class Physics:
-    "The physics as a function of a batch of states and actions, on a pool of threads. One thread may use it at a time."
+    """The physics as a function of a batch of states and actions, on a pool of threads. One thread may use it at a time.
+
+    Parameters
+    ----------
+    threads
+        one a core if not given; the result does not depend on them
+    """
     def __init__(self, threads: int | None = None): # one a core if not given; the result does not depend on them
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected at least 1, got {threads}")
@@ -147,7 +193,20 @@ class Physics:
     def step(self, physics, # (B, 69)
              actions        # (B,) int, ball * 8 + direction
             ) -> np.ndarray: # (B, 69) float64, 0.4 s later
-        "Carry out one action in each row."
+        """Carry out one action in each row.
+
+        Parameters
+        ----------
+        physics
+            (B, 69)
+        actions
+            (B,) int, ball * 8 + direction
+
+        Returns
+        -------
+        np.ndarray
+            (B, 69) float64, 0.4 s later
+        """
         physics = check_finite(physics, N_PHYSICS, "physics")
         if physics.ndim != 2:
             raise ValueError(f"physics of shape {physics.shape}: expected (B, {N_PHYSICS})")
@@ -185,7 +244,13 @@ def _attempts(uniform: np.ndarray # (n, 5, TRIES, 2) float32, 0 to 1: all draws 
 
 
 def initial_states(n: int, rng: np.random.Generator) -> np.ndarray: # (n, 10) float32, metres
-    "Draw states from the distribution of starts, whatever the goal."
+    """Draw states from the distribution of starts, whatever the goal.
+
+    Returns
+    -------
+    np.ndarray
+        (n, 10) float32, metres
+    """
     found, have = [np.empty((0, 5, 2))], 0
     while have < n:
         placed, good = _attempts(rng.random((min(max(8, 3*(n - have)), 4096), 5, TRIES, 2), np.float32))
@@ -198,7 +263,13 @@ ATTEMPTS = 8  # drawn from a stream at a time; part of what a seed means
 
 
 def draw_starts(goals: Sequence[Goal], index: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray: # (B, 10)
-    "For each row the first attempt of its stream that has room for all balls and does not fulfil the row's goal."
+    """For each row the first attempt of its stream that has room for all balls and does not fulfil the row's goal.
+
+    Returns
+    -------
+    np.ndarray
+        (B, 10)
+    """
     out, missing = np.empty((len(index), 10), np.float32), np.arange(len(index))
     while len(missing):
         uniform = np.stack([rngs[i].random((ATTEMPTS, 5, TRIES, 2), np.float32) for i in missing])
@@ -216,7 +287,20 @@ def start_states(goals: Sequence[Goal],
                  index,   # (B,) which goal each row is for
                  seeds    # (B,) whole numbers, 0 or more
                 ) -> np.ndarray: # (B, 10) float32, metres
-    "Starts that do not fulfil their goals. The same task and seed give the same start, always."
+    """Starts that do not fulfil their goals. The same task and seed give the same start, always.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row is for
+    seeds
+        (B,) whole numbers, 0 or more
+
+    Returns
+    -------
+    np.ndarray
+        (B, 10) float32, metres
+    """
     seeds = np.asarray(seeds)
     index = check_index(goals, index, len(seeds))
     if len(seeds) and (seeds.dtype.kind not in "iu" or seeds.min() < 0):
@@ -234,13 +318,29 @@ MAX_STEP = 0.5  # the furthest a ball moves in one step in real rollouts, metres
 
 # %% ../../nbs/clevr/30_physics.ipynb #2879a21d
 def judge(goals, index, before, after, start) -> tuple[np.ndarray, np.ndarray]: # rewards float32, success bool
-    "Rewards of a step and whether it fulfilled the goals: 100 is paid for success, and progress is far below it."
+    """Rewards of a step and whether it fulfilled the goals: 100 is paid for success, and progress is far below it.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        rewards float32, success bool
+    """
     rewards = reward_rows(goals, index, before, after, start)
     return rewards, rewards == SUCCESS_REWARD
 
 
 class ClevrSimulator:
-    "Episodes side by side, see `kalm.core.domain.Simulator`."
+    """Episodes side by side, see `kalm.core.domain.Simulator`.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states
+        (B, 10) where the balls lie at rest, metres
+    seeds
+        (B,) what the states were drawn with; -1, none, if not given
+    """
     def __init__(self, goals: Sequence[Goal],
                  index,                      # (B,) which goal each row pursues
                  states,                     # (B, 10) where the balls lie at rest, metres
@@ -260,7 +360,15 @@ class ClevrSimulator:
     def step(self, rows, # (n,) which rows
              actions     # (n,) ball * 8 + direction
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "Carry out one action in each of `rows`: reward (n,) float32, success (n,) bool, failure (n,) bool, never."
+        """Carry out one action in each of `rows`: reward (n,) float32, success (n,) bool, failure (n,) bool, never.
+
+        Parameters
+        ----------
+        rows
+            (n,) which rows
+        actions
+            (n,) ball * 8 + direction
+        """
         before = self.states[rows]
         self.physics[rows] = self.engine.step(self.physics[rows], actions)
         self.states = self.states.copy()

@@ -31,7 +31,13 @@ _TRY_GL = ("import sys; from importlib import import_module as i; c = i('mujoco.
 
 @lru_cache(maxsize=None)
 def gl_backend() -> str | None: # "egl", "osmesa", "glfw", "cgl", or None
-    "The first OpenGL back end that can make a picture here; tried once a process."
+    """The first OpenGL back end that can make a picture here; tried once a process.
+
+    Returns
+    -------
+    str | None
+        "egl", "osmesa", "glfw", "cgl", or None
+    """
     asked = os.environ.get("MUJOCO_GL", "").strip().lower()
     if asked in ("disable", "disabled", "off", "false", "0"):
         return None
@@ -110,7 +116,13 @@ def _camera(height: int, width: int, process: int) -> _Camera:
 
 
 def draw_physics(physics, size=(240, 320), agent: bool = True) -> np.ndarray: # (N, H, W, 3)
-    "Pictures of physics (N, 69)."
+    """Pictures of physics (N, 69).
+
+    Returns
+    -------
+    np.ndarray
+        (N, H, W, 3)
+    """
     if not len(physics):
         return np.empty((0, *size, 3), np.uint8)
     camera = _camera(*map(int, size), os.getpid())
@@ -121,7 +133,22 @@ def render_states(states,          # (N, 10) metres
                   agents=None,     # (N, 2) where the agent is, metres; None leaves it out
                   size=(240, 320)  # height, width in pixels
                  ) -> np.ndarray:  # (N, H, W, 3) uint8
-    "Pictures of states; `gymnasium.error.DependencyNotInstalled` where there is no OpenGL."
+    """Pictures of states; `gymnasium.error.DependencyNotInstalled` where there is no OpenGL.
+
+    Parameters
+    ----------
+    states
+        (N, 10) metres
+    agents
+        (N, 2) where the agent is, metres; None leaves it out
+    size
+        height, width in pixels
+
+    Returns
+    -------
+    np.ndarray
+        (N, H, W, 3) uint8
+    """
     physics = physics_of(states)
     if physics.ndim != 2:
         raise ValueError(f"states of shape {np.shape(states)}: expected (N, 10); for one picture give states[None]")

@@ -47,7 +47,13 @@ def _configurations() -> tuple:
 
 
 def configurations() -> list[Goal]: # 80 goals with plain sentences
-    "The moves: 20 ordered pairs of balls x 4 directions, the direction running fastest."
+    """The moves: 20 ordered pairs of balls x 4 directions, the direction running fastest.
+
+    Returns
+    -------
+    list[Goal]
+        80 goals with plain sentences
+    """
     return list(_configurations())
 
 
@@ -316,7 +322,18 @@ def _goal_set(level: str) -> tuple:
 
 def goal_set(level: str # "offline", "rephrase", "easy" or "hard"
             ) -> list[Goal]: # 1,440, 800, 400 or 200 goals, always in the same order
-    "The goals of a level; `ValueError` for an unknown one."
+    """The goals of a level; `ValueError` for an unknown one.
+
+    Parameters
+    ----------
+    level
+        "offline", "rephrase", "easy" or "hard"
+
+    Returns
+    -------
+    list[Goal]
+        1,440, 800, 400 or 200 goals, always in the same order
+    """
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}: one of {', '.join(LEVELS)}")
     return list(_goal_set(level))

@@ -26,7 +26,20 @@ MOVED = .03  # metres below which a ball counts as still
 def caption(state: np.ndarray,      # (10,) before the step, metres
             next_state: np.ndarray  # (10,) after it
            ) -> str: # such as "red left", or "nothing"
-    "The ball that moved the farthest and the side it moved to."
+    """The ball that moved the farthest and the side it moved to.
+
+    Parameters
+    ----------
+    state
+        (10,) before the step, metres
+    next_state
+        (10,) after it
+
+    Returns
+    -------
+    str
+        such as "red left", or "nothing"
+    """
     step = balls(np.asarray(next_state, np.float64) - state)
     far = np.linalg.norm(step, axis=-1)
     ball = int(far.argmax())
@@ -37,7 +50,18 @@ def caption(state: np.ndarray,      # (10,) before the step, metres
 # %% ../../nbs/clevr/50_words.ipynb #ab77e6fd
 def questions(state: np.ndarray # (10,) metres
              ) -> list[tuple[str, str]]: # ("red blue", "left"): the red ball is on the left, seen from the blue one
-    "On which side each ball is of each other ball: 20 questions with their answers."
+    """On which side each ball is of each other ball: 20 questions with their answers.
+
+    Parameters
+    ----------
+    state
+        (10,) metres
+
+    Returns
+    -------
+    list[tuple[str, str]]
+        ("red blue", "left"): the red ball is on the left, seen from the blue one
+    """
     x = balls(state)
     offset = x[:, None] - x[None]  # (5, 5, 2)
     side = in_sector(offset[..., None, :], np.arange(4)).argmax(-1)
@@ -47,7 +71,18 @@ def questions(state: np.ndarray # (10,) metres
 # %% ../../nbs/clevr/50_words.ipynb #d866c4b3
 def meaning(goal: Goal # of this domain
            ) -> str: # "red blue left", "red left" for a push, "" where key words cannot say it
-    "The key words of a goal, from its task."
+    """The key words of a goal, from its task.
+
+    Parameters
+    ----------
+    goal
+        of this domain
+
+    Returns
+    -------
+    str
+        "red blue left", "red left" for a push, "" where key words cannot say it
+    """
     return _task_meaning(goal.task)
 
 
@@ -65,7 +100,13 @@ CLUES = {"behind": ("behind", "back", "rear", "backwards"), "left": ("left", "le
 
 
 def named(text: str) -> tuple[list[str], list[str]]: # colours; sides as compass words
-    "Colours and sides that a sentence names, in order of first mention."
+    """Colours and sides that a sentence names, in order of first mention.
+
+    Returns
+    -------
+    tuple[list[str], list[str]]
+        colours; sides as compass words
+    """
     words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
     sides = [next((side for side, clues in CLUES.items() if word in clues), None) for word in words]
     colours = list(dict.fromkeys(word for word in words if word in COLOURS))
@@ -73,7 +114,13 @@ def named(text: str) -> tuple[list[str], list[str]]: # colours; sides as compass
 
 
 def read(text: str) -> str: # such as "red blue left"
-    "The key words that a sentence names: its colours, then its sides. Empty if there are none."
+    """The key words that a sentence names: its colours, then its sides. Empty if there are none.
+
+    Returns
+    -------
+    str
+        such as "red blue left"
+    """
     colours, sides = named(text)
     return " ".join([*colours, *(SIDES[COMPASS.index(side)] for side in sides)])
 
@@ -84,7 +131,15 @@ def agree(meant: str, # key words, or a sentence about one ball
     """Whether `said` says the same as `meant`.
 
     About one ball: `said` names no other ball and no other side, and a ball at all; a goal without a side cannot be
-    contradicted by one. About two balls and a side: the same, or its mirror image. Several parts: part by part."""
+    contradicted by one. About two balls and a side: the same, or its mirror image. Several parts: part by part.
+
+    Parameters
+    ----------
+    meant
+        key words, or a sentence about one ball
+    said
+        key words, or a caption
+    """
     if len(named(meant)[0]) == 1:
         return _names_only(meant, said)
     parts, others = _parts(meant), _parts(said)
@@ -159,7 +214,19 @@ class ClevrWords(Words):
 # %% ../../nbs/clevr/50_words.ipynb #a25e8763
 @dataclass(frozen=True)
 class ExplanationScores:
-    "What explanations got right, each (B,) bool."
+    """What explanations got right, each (B,) bool.
+
+    Parameters
+    ----------
+    balls
+        the set of colours
+    order
+        the set, and which of them moved
+    all
+        order and direction: the goal that the rollout was made for
+    true
+        names a move that the rollout's last step brought about, whether or not it was made for it
+    """
     balls: np.ndarray      # the set of colours
     order: np.ndarray      # the set, and which of them moved
     direction: np.ndarray
@@ -177,7 +244,17 @@ def score_explanations(texts: Sequence[str], # one for each rollout
                        rollouts: Rollouts,   # of move goals
                        taught: Sequence[Goal] # whose sentences the model has learnt
                       ) -> ExplanationScores:
-    "Compare explanations with the goals of their rollouts and with what these achieved. `ValueError` for other goals."
+    """Compare explanations with the goals of their rollouts and with what these achieved. `ValueError` for other goals.
+
+    Parameters
+    ----------
+    texts
+        one for each rollout
+    rollouts
+        of move goals
+    taught
+        whose sentences the model has learnt
+    """
     if len(texts) != len(rollouts):
         raise ValueError(f"{len(texts)} explanations of {len(rollouts)} rollouts: expected one each")
     known = {goal.text: _pair_and_side(goal) for goal in taught if goal.task.get("type") == "move"}

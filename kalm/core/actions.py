@@ -17,7 +17,13 @@ __all__ = ['Actions', 'DiscreteActions', 'ContinuousActions', 'actions_of', 'act
 # %% ../../nbs/core/30_actions.ipynb #faeeb494
 @dataclass(frozen=True)
 class DiscreteActions:
-    "One of `n` choices, numbered from 0; arrays of them are int64."
+    """One of `n` choices, numbered from 0; arrays of them are int64.
+
+    Parameters
+    ----------
+    n
+        at least 1
+    """
     n: int  # at least 1
 
     def __post_init__(self):
@@ -30,15 +36,33 @@ class DiscreteActions:
         return ()
 
     def zeros(self, *shape: int) -> np.ndarray: # int64
-        "Padding."
+        """Padding.
+
+        Returns
+        -------
+        np.ndarray
+            int64
+        """
         return np.zeros(shape, np.int64)
 
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray: # (n,)
-        "Uniform actions."
+        """Uniform actions.
+
+        Returns
+        -------
+        np.ndarray
+            (n,)
+        """
         return rng.integers(0, self.n, n)
 
     def check(self, actions, shape: tuple | None = None) -> np.ndarray: # (...) int64
-        "`actions` as int64, of the given shape; `ValueError` for fractions, or numbers outside 0 to n - 1."
+        """`actions` as int64, of the given shape; `ValueError` for fractions, or numbers outside 0 to n - 1.
+
+        Returns
+        -------
+        np.ndarray
+            (...) int64
+        """
         a = np.asarray(actions)
         if a.dtype.kind not in "iu":
             raise ValueError(f"actions of type {a.dtype}: expected whole numbers, 0 to {self.n - 1}")
@@ -55,7 +79,15 @@ class DiscreteActions:
 # %% ../../nbs/core/30_actions.ipynb #de9096dd
 @dataclass(frozen=True)
 class ContinuousActions:
-    "`k` numbers, each between its bounds; arrays of them are float32, the last axis (k,)."
+    """`k` numbers, each between its bounds; arrays of them are float32, the last axis (k,).
+
+    Parameters
+    ----------
+    low
+        (k,) smallest values
+    high
+        (k,) largest
+    """
     low: tuple[float, ...]   # (k,) smallest values
     high: tuple[float, ...]  # (k,) largest
 
@@ -89,37 +121,73 @@ class ContinuousActions:
 # %% ../../nbs/core/30_actions.ipynb #641f89ee
 @patch(as_prop=True)
 def centre(self: ContinuousActions) -> np.ndarray: # (k,) float32
-    "The middle of the range."
+    """The middle of the range.
+
+    Returns
+    -------
+    np.ndarray
+        (k,) float32
+    """
     return ((np.array(self.low) + self.high) / 2).astype(np.float32)
 
 
 @patch(as_prop=True)
 def scale(self: ContinuousActions) -> np.ndarray: # (k,) float32
-    "Half the width of the range."
+    """Half the width of the range.
+
+    Returns
+    -------
+    np.ndarray
+        (k,) float32
+    """
     return ((np.array(self.high) - self.low) / 2).astype(np.float32)
 
 
 @patch
 def zeros(self: ContinuousActions, *shape: int) -> np.ndarray: # (..., k) float32
-    "Padding."
+    """Padding.
+
+    Returns
+    -------
+    np.ndarray
+        (..., k) float32
+    """
     return np.zeros((*shape, self.k), np.float32)
 
 
 @patch
 def sample(self: ContinuousActions, rng: np.random.Generator, n: int) -> np.ndarray: # (n, k)
-    "Uniform actions."
+    """Uniform actions.
+
+    Returns
+    -------
+    np.ndarray
+        (n, k)
+    """
     return rng.uniform(self.low, self.high, (n, self.k)).astype(np.float32)
 
 
 @patch
 def clip(self: ContinuousActions, actions) -> np.ndarray: # (..., k) float32
-    "The nearest valid actions."
+    """The nearest valid actions.
+
+    Returns
+    -------
+    np.ndarray
+        (..., k) float32
+    """
     return np.clip(np.asarray(actions, np.float32), np.float32(self.low), np.float32(self.high))
 
 # %% ../../nbs/core/30_actions.ipynb #02c15474
 @patch
 def check(self: ContinuousActions, actions, shape: tuple | None = None) -> np.ndarray: # (..., k) float32
-    "`actions` as float32, of the given shape (without k); `ValueError` for NaN, or numbers out of bounds."
+    """`actions` as float32, of the given shape (without k); `ValueError` for NaN, or numbers out of bounds.
+
+    Returns
+    -------
+    np.ndarray
+        (..., k) float32
+    """
     a = np.asarray(actions)
     if a.dtype.kind not in "iuf":
         raise ValueError(f"actions of type {a.dtype}: expected numbers")

@@ -29,7 +29,17 @@ class Features:
     """What the numbers of a state are to each other. Coordinates are numbered from 0; the others are plain numbers.
 
     The language model builds its input features from this, see `kalm.lm.maps`. Survives JSON.
-    `ValueError` for a coordinate that is named twice."""
+    `ValueError` for a coordinate that is named twice.
+
+    Parameters
+    ----------
+    points
+        (x, y) of points in one plane: offsets and distances of every two matter
+    angles
+        in radians: sine and cosine matter
+    one_of
+        (coordinate, n): one of the whole numbers 0 to n - 1
+    """
     points: tuple[tuple[int, int], ...] = ()  # (x, y) of points in one plane: offsets and distances of every two matter
     angles: tuple[int, ...] = ()              # in radians: sine and cosine matter
     one_of: tuple[tuple[int, int], ...] = ()  # (coordinate, n): one of the whole numbers 0 to n - 1
@@ -50,7 +60,19 @@ class Features:
 # %% ../../nbs/core/50_domain.ipynb #adc2ae39
 @dataclass(frozen=True)
 class Limits:
-    "Where real states lie and how far they go in one step. `ValueError` for widths that differ."
+    """Where real states lie and how far they go in one step. `ValueError` for widths that differ.
+
+    Parameters
+    ----------
+    low
+        (S,) lowest value of each coordinate
+    high
+        (S,) highest
+    parts
+        coordinates that move together, as an object's x and y do
+    step
+        for each part the furthest it moves in one step (Euclidean)
+    """
     low: tuple[float, ...]                   # (S,) lowest value of each coordinate
     high: tuple[float, ...]                  # (S,) highest
     parts: tuple[tuple[int, ...], ...] = ()  # coordinates that move together, as an object's x and y do
@@ -63,11 +85,23 @@ class Limits:
             raise ValueError(f"{len(self.parts)} parts with {len(self.step)} steps: expected one step for each part")
 
     def outside(self, states: np.ndarray) -> np.ndarray: # (..., S) -> (...) bool
-        "Whether any coordinate is out of bounds."
+        """Whether any coordinate is out of bounds.
+
+        Returns
+        -------
+        np.ndarray
+            (..., S) -> (...) bool
+        """
         return ((states < np.float32(self.low)) | (states > np.float32(self.high))).any(-1)
 
     def too_fast(self, states: np.ndarray, next_states: np.ndarray) -> np.ndarray: # (..., S) both -> (...) bool
-        "Whether any part moved further than it can."
+        """Whether any part moved further than it can.
+
+        Returns
+        -------
+        np.ndarray
+            (..., S) both -> (...) bool
+        """
         next_states = np.asarray(next_states, np.float64)
         change = next_states - states
         fast = np.zeros(change.shape[:-1], bool)
@@ -79,7 +113,13 @@ class Limits:
 # %% ../../nbs/core/50_domain.ipynb #950e2a22
 @patch
 def clip(self: Limits, states: np.ndarray) -> np.ndarray: # (..., S)
-    "The nearest states within bounds."
+    """The nearest states within bounds.
+
+    Returns
+    -------
+    np.ndarray
+        (..., S)
+    """
     return np.clip(states, np.asarray(self.low), np.asarray(self.high))
 
 
@@ -88,7 +128,20 @@ def nearest(self: Limits,
             states: np.ndarray, # (..., S)
             change: np.ndarray, # (..., S) proposed change
            ) -> np.ndarray:     # (..., S)
-    "Where `states` come to if `change` is shortened, part by part, to what one step allows, within bounds."
+    """Where `states` come to if `change` is shortened, part by part, to what one step allows, within bounds.
+
+    Parameters
+    ----------
+    states
+        (..., S)
+    change
+        (..., S) proposed change
+
+    Returns
+    -------
+    np.ndarray
+        (..., S)
+    """
     change = np.array(change, np.float64)
     for part, most in zip(self.parts, self.step):
         far = np.linalg.norm(change[..., list(part)], axis=-1, keepdims=True)
@@ -101,7 +154,15 @@ def fit(cls: Limits,
         rollouts,           # real `Rollouts`
         margin: float = .05 # of the width of a coordinate
        ) -> Limits:
-    "Bounds that real `rollouts` keep, each coordinate a part, wider by `margin` of their width."
+    """Bounds that real `rollouts` keep, each coordinate a part, wider by `margin` of their width.
+
+    Parameters
+    ----------
+    rollouts
+        real `Rollouts`
+    margin
+        of the width of a coordinate
+    """
     t = rollouts.transitions()
     if not len(t["states"]):
         raise ValueError("no transitions: cannot tell the limits of an empty data set")
@@ -146,7 +207,17 @@ class Words:
 
 # %% ../../nbs/core/50_domain.ipynb #ee475230
 class Simulator(Protocol):
-    "B episodes of the real world, standing side by side. A row that is over is simply no longer stepped."
+    """B episodes of the real world, standing side by side. A row that is over is simply no longer stepped.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    seeds
+        (B,) what its start was drawn with; -1 where it was set to a given state
+    states
+        (B, S) float32, where the rows stand; a new array after each step
+    """
     goals: Sequence[Goal]
     index: np.ndarray        # (B,) which goal each row pursues
     seeds: np.ndarray        # (B,) what its start was drawn with; -1 where it was set to a given state
@@ -161,7 +232,15 @@ class Simulator(Protocol):
 # %% ../../nbs/core/50_domain.ipynb #ecdfd52f
 @dataclass(frozen=True)
 class Behaviour:
-    "A scripted policy to collect data with."
+    """A scripted policy to collect data with.
+
+    Parameters
+    ----------
+    act
+        (simulator, rows (n,), rng) -> n actions
+    keep_failures
+        whether data sets keep the rollouts that missed their goal, or begin them anew
+    """
     act: Callable[[Simulator, np.ndarray, np.random.Generator], np.ndarray]  # (simulator, rows (n,), rng) -> n actions
     keep_failures: bool = False   # whether data sets keep the rollouts that missed their goal, or begin them anew
 
@@ -179,7 +258,21 @@ def random_actions(codec: Actions) -> Callable:
 class Domain(Protocol):
     """An environment with its goals: what the method asks of a world.
 
-    A class that inherits from this one gets the defaults of what is optional. `check_domain` tells what is missing."""
+    A class that inherits from this one gets the defaults of what is optional. `check_domain` tells what is missing.
+
+    Parameters
+    ----------
+    levels
+        "offline" first: what data show; then what they do not
+    state_space
+        what model and policy see, (S,)
+    action_space
+        (k,)
+    judged_only
+        levels evaluated and used for nothing else
+    behaviours
+        for collecting; "random" is always there
+    """
     name: str
     levels: tuple[str, ...]                             # "offline" first: what data show; then what they do not
     state_space: gym.spaces.Box                         # what model and policy see, (S,)
@@ -254,7 +347,15 @@ _REGISTERED: dict[str, Callable[[], Domain]] = {}
 def register_domain(name: str,                  # under which `domain` finds it
                     make: Callable[[], Domain], # called once, when it is first asked for
                    ) -> None:
-    "Make `domain(name)` find a domain of this session. Packages use the entry point group `kalm.domains` instead."
+    """Make `domain(name)` find a domain of this session. Packages use the entry point group `kalm.domains` instead.
+
+    Parameters
+    ----------
+    name
+        under which `domain` finds it
+    make
+        called once, when it is first asked for
+    """
     _REGISTERED[name] = make
     domain.cache_clear()
 
@@ -262,7 +363,13 @@ def register_domain(name: str,                  # under which `domain` finds it
 @lru_cache(maxsize=None)
 def domain(name: str, # of an entry point in the group `kalm.domains`, or "package.module:object"
           ) -> Domain:
-    "Look a domain up; `ValueError` lists those that are known."
+    """Look a domain up; `ValueError` lists those that are known.
+
+    Parameters
+    ----------
+    name
+        of an entry point in the group `kalm.domains`, or "package.module:object"
+    """
     if name in _REGISTERED:
         return check_domain(_REGISTERED[name]())
     if ":" in name:
@@ -300,7 +407,18 @@ def codec_of(d: Domain) -> Actions:
 def behaviour_of(d: Domain,
                  name: str | None = None,  # of one of its behaviours
                 ) -> tuple[str, Behaviour]: # with its name
-    "A behaviour by name; if none is given `medium`, else the first, else random actions. `ValueError` lists them."
+    """A behaviour by name; if none is given `medium`, else the first, else random actions. `ValueError` lists them.
+
+    Parameters
+    ----------
+    name
+        of one of its behaviours
+
+    Returns
+    -------
+    tuple[str, Behaviour]
+        with its name
+    """
     known = {**getattr(d, "behaviours", {})}
     known.setdefault(RANDOM, Behaviour(random_actions(codec_of(d)), keep_failures=True))
     if name is None:
@@ -316,7 +434,22 @@ def judge_success(d: Domain,
                   states: np.ndarray, # (B, ..., S)
                   start: np.ndarray,  # (B, S) where each row began
                  ) -> np.ndarray | None: # (B, ...) bool
-    "`domain.success` with its arguments and its answer checked; None if states do not tell."
+    """`domain.success` with its arguments and its answer checked; None if states do not tell.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states
+        (B, ..., S)
+    start
+        (B, S) where each row began
+
+    Returns
+    -------
+    np.ndarray | None
+        (B, ...) bool
+    """
     states = np.asarray(states)
     index = check_index(goals, index, len(states))
     out = d.success(goals, index, states, np.asarray(start)) if hasattr(d, "success") else None
@@ -336,7 +469,24 @@ def judge_reward(d: Domain,
                  next_states: np.ndarray, # (B, ..., S)
                  start: np.ndarray,       # (B, S) where each row began
                 ) -> np.ndarray | None:   # (B, ...) float32
-    "`domain.reward` with its arguments and its answer checked; None if states do not tell."
+    """`domain.reward` with its arguments and its answer checked; None if states do not tell.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each row pursues
+    states
+        (B, ..., S)
+    next_states
+        (B, ..., S)
+    start
+        (B, S) where each row began
+
+    Returns
+    -------
+    np.ndarray | None
+        (B, ...) float32
+    """
     states, next_states = np.asarray(states), np.asarray(next_states)
     index = check_index(goals, index, len(states))
     out = d.reward(goals, index, states, next_states, np.asarray(start)) if hasattr(d, "reward") else None

@@ -42,7 +42,19 @@ def play(domain: Domain,
          choose: Choose,                 # which actions to take
          limit: np.ndarray | None = None # (B,) most steps; the goals' own limits if not given
         ) -> Rollouts:
-    "Step episodes side by side until each is over: by success, by failure, or because time is up."
+    """Step episodes side by side until each is over: by success, by failure, or because time is up.
+
+    Parameters
+    ----------
+    index
+        (B,) which goal each episode pursues
+    simulator
+        that stands at the starts
+    choose
+        which actions to take
+    limit
+        (B,) most steps; the goals' own limits if not given
+    """
     codec, index = codec_of(domain), check_index(goals, index, len(simulator.states))
     if limit is None:
         limit = np.array([g.max_steps for g in goals], np.int64)[index]
@@ -72,7 +84,13 @@ class _Record:
         self.success, self.failure, self.truncated = (np.zeros(n, bool) for _ in range(3))
 
     def add(self, live, actions, rewards, states, ends) -> np.ndarray: # the rows that go on
-        "One step of the rows `live`; `ends` are success, failure and time up."
+        """One step of the rows `live`; `ends` are success, failure and time up.
+
+        Returns
+        -------
+        np.ndarray
+            the rows that go on
+        """
         t = self.lengths[live]
         self.actions[live, t], self.rewards[live, t], self.states[live, t + 1] = actions, rewards, states
         self.lengths[live] = t + 1
@@ -107,7 +125,15 @@ def collected(self: _Job,
               index: np.ndarray, # (B,) goals of this shard
               shard: int,        # its number: names its random streams
              ) -> Rollouts:
-    "A rollout for each of `index`'s goals. Those that missed their goal begin anew, unless failures are kept."
+    """A rollout for each of `index`'s goals. Those that missed their goal begin anew, unless failures are kept.
+
+    Parameters
+    ----------
+    index
+        (B,) goals of this shard
+    shard
+        its number: names its random streams
+    """
     rng = numpy_rng(self.seed, "collect", self.name, shard)
     missing, found = np.arange(len(index)), []
     for again in range(MAX_TRIES):
@@ -127,7 +153,19 @@ def collected(self: _Job,
 # %% ../../nbs/core/80_episodes.ipynb #b0e63aeb
 @dataclass(frozen=True)
 class CollectOptions:
-    "How collecting runs. Only `keep_failures` changes the result."
+    """How collecting runs. Only `keep_failures` changes the result.
+
+    Parameters
+    ----------
+    keep_failures
+        keep rollouts that missed their goal too; as the behaviour says if not given
+    workers
+        threads, one a core if not given
+    max_minutes
+        begin no more shards once this long has passed
+    progress
+        a bar, on a terminal
+    """
     keep_failures: bool | None = None  # keep rollouts that missed their goal too; as the behaviour says if not given
     workers: int | None = None         # threads, one a core if not given
     max_minutes: float | None = None   # begin no more shards once this long has passed
@@ -141,7 +179,24 @@ def stored_or_collected(self: _Job,
                         folder: Path | None, # of the shards
                         until: float,        # `time.monotonic()` from which on nothing new is begun
                        ) -> Rollouts | None: # None: there was no time
-    "A shard from its file, or collected and put there."
+    """A shard from its file, or collected and put there.
+
+    Parameters
+    ----------
+    index
+        (B,) goals of this shard
+    shard
+        its number
+    folder
+        of the shards
+    until
+        `time.monotonic()` from which on nothing new is begun
+
+    Returns
+    -------
+    Rollouts | None
+        None: there was no time
+    """
     path = folder/f"{shard:05d}.npz" if folder else None
     if path and (done := _stored(path, len(index))) is not None:
         return done
@@ -196,7 +251,28 @@ def collect(domain: Domain,
            ) -> Rollouts:                  # fewer than `n` if it was stopped: call again with the same `out`
     """`n` real rollouts of a scripted behaviour. `out` gets rollouts.npz once all are there.
 
-    `ValueError` for a folder with other settings, an unknown behaviour, or a goal that is never reached."""
+    `ValueError` for a folder with other settings, an unknown behaviour, or a goal that is never reached.
+
+    Parameters
+    ----------
+    goals
+        to pursue, their tasks in equal parts
+    n
+        how many rollouts
+    policy
+        name of a behaviour; "medium", the first or "random" if not given
+    seed
+        decides everything that is random
+    out
+        folder for shards and the result; what was stopped there continues
+    **options
+        `keep_failures`, `workers`, `max_minutes`, `progress`: see `CollectOptions`
+
+    Returns
+    -------
+    Rollouts
+        fewer than `n` if it was stopped: call again with the same `out`
+    """
     goals, options = list(goals), CollectOptions(**options)
     if not goals or n < 1:
         raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")
@@ -278,7 +354,21 @@ def _put_back(domain: Domain, r: Rollouts) -> Simulator:
 # %% ../../nbs/core/80_episodes.ipynb #60ac9a9c
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "Outcomes of episodes in the real environment. `rate` and `ci` are shares between 0 and 1."
+    """Outcomes of episodes in the real environment. `rate` and `ci` are shares between 0 and 1.
+
+    Parameters
+    ----------
+    goal
+        (N,) index into goals
+    success
+        (N,) bool
+    length
+        (N,) actions taken
+    level
+        of the interval
+    rollouts
+        the episodes themselves, where they were asked for
+    """
     goals: tuple[Goal, ...]
     goal: np.ndarray                  # (N,) index into goals
     success: np.ndarray               # (N,) bool
@@ -323,7 +413,13 @@ def per_goal(self: Evaluation) -> tuple[np.ndarray, np.ndarray]:
 
 @patch
 def per_kind(self: Evaluation) -> dict[str, tuple[int, int]]: # kind -> successes, episodes
-    "Successes and episodes of each kind of sentence."
+    """Successes and episodes of each kind of sentence.
+
+    Returns
+    -------
+    dict[str, tuple[int, int]]
+        kind -> successes, episodes
+    """
     kinds = np.array([self.goals[i].kind for i in self.goal])
     return {k: (int(self.success[kinds == k].sum()), int((kinds == k).sum())) for k in dict.fromkeys(kinds.tolist())}
 
@@ -353,7 +449,19 @@ def evaluate(policy,                # has act(states (B, S), texts (B,), rng) ->
              seed: int = 0,         # decides goals, starts and the policy's draws
              record: bool = False,  # keep the episodes, as `rollouts`
             ) -> Evaluation:
-    "Act in the real environment until each episode is over. The same arguments give the same result."
+    """Act in the real environment until each episode is over. The same arguments give the same result.
+
+    Parameters
+    ----------
+    policy
+        has act(states (B, S), texts (B,), rng) -> actions; or a behaviour's name
+    goals
+        each gets its turn
+    seed
+        decides goals, starts and the policy's draws
+    record
+        keep the episodes, as `rollouts`
+    """
     goals = list(goals)
     check_domain(domain)
     if not goals or episodes < 1:

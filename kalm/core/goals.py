@@ -20,7 +20,21 @@ __all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_from_json', 'in_
 # %% ../../nbs/core/20_goals.ipynb #4cbf71ee
 @dataclass(frozen=True)
 class Goal:
-    "A sentence with what its domain needs to judge it. `ValueError` for a blank sentence or a limit below 1."
+    """A sentence with what its domain needs to judge it. `ValueError` for a blank sentence or a limit below 1.
+
+    Parameters
+    ----------
+    text
+        the sentence that language model and policy see
+    level
+        which of the domain's levels it belongs to
+    max_steps
+        actions until time is up
+    task
+        JSON; what the domain judges by. Goals of one task differ in words
+    kind
+        kind of sentence, where results are told apart by it
+    """
     text: str                                      # the sentence that language model and policy see
     level: str = "offline"                         # which of the domain's levels it belongs to
     max_steps: int = 50                            # actions until time is up
@@ -85,7 +99,15 @@ FORMAT = "kalm goals 2"
 def save_goals(path: str | Path,      # written whole or not at all
                goals: Sequence[Goal], # kept in order
               ) -> None:
-    "Write a list of goals as JSON."
+    """Write a list of goals as JSON.
+
+    Parameters
+    ----------
+    path
+        written whole or not at all
+    goals
+        kept in order
+    """
     save_json(path, {"format": FORMAT, "goals": [g.to_json() for g in goals]})
 
 
@@ -97,7 +119,15 @@ def load_goals(path: str | Path) -> list[Goal]:
 def goals_from_json(value,      # what `save_goals` writes
                     where: str, # for messages: the file it came from
                    ) -> list[Goal]:
-    "The goals in a JSON value; `ValueError` names `where` it came from."
+    """The goals in a JSON value; `ValueError` names `where` it came from.
+
+    Parameters
+    ----------
+    value
+        what `save_goals` writes
+    where
+        for messages: the file it came from
+    """
     if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("goals"), list):
         raise ValueError(f"{where} is not a goal file: expected JSON with format {FORMAT!r} and a list of goals")
     return [Goal.from_json(g) for g in value["goals"]]
@@ -107,7 +137,22 @@ def in_turn(goals: Sequence[Goal],     # at least one
             n: int,                    # how many rollouts
             rng: np.random.Generator,  # decides the order
            ) -> np.ndarray:            # (n,) goal indices
-    "Every goal as often as any other (give or take one), in random order."
+    """Every goal as often as any other (give or take one), in random order.
+
+    Parameters
+    ----------
+    goals
+        at least one
+    n
+        how many rollouts
+    rng
+        decides the order
+
+    Returns
+    -------
+    np.ndarray
+        (n,) goal indices
+    """
     _check_choice(goals, n)
     return np.resize(rng.permutation(len(goals)), n).astype(np.int64)
 
@@ -118,7 +163,13 @@ def _check_choice(goals: Sequence[Goal], n: int) -> None:
 
 # %% ../../nbs/core/20_goals.ipynb #c8b4f336
 def by_task(goals: Sequence[Goal]) -> list[list[int]]: # indices into `goals`
-    "Indices of goals that ask for the same thing, together, in order of first mention."
+    """Indices of goals that ask for the same thing, together, in order of first mention.
+
+    Returns
+    -------
+    list[list[int]]
+        indices into `goals`
+    """
     groups: dict[str, list[int]] = {}
     for i, goal in enumerate(goals):
         groups.setdefault(goal.key, []).append(i)
@@ -129,7 +180,22 @@ def balanced(goals: Sequence[Goal],    # at least one
              n: int,                   # how many rollouts
              rng: np.random.Generator, # decides the order
             ) -> np.ndarray:           # (n,) goal indices
-    "Goals in random order, every task as often as any other (give or take one), and so its sentences among themselves."
+    """Goals in random order, every task as often as any other (give or take one), and so its sentences among themselves.
+
+    Parameters
+    ----------
+    goals
+        at least one
+    n
+        how many rollouts
+    rng
+        decides the order
+
+    Returns
+    -------
+    np.ndarray
+        (n,) goal indices
+    """
     _check_choice(goals, n)
     groups = [rng.permutation(members) for members in by_task(goals)]
     rounds = max(1, -(-n // len(groups)))
@@ -141,7 +207,22 @@ def check_index(goals: Sequence[Goal], # what the index points into
                 index,                 # one whole number a row
                 n: int,                # rows
                ) -> np.ndarray:        # (n,) int64
-    "`index` as an array; `ValueError` unless it names a goal for each of `n` rows."
+    """`index` as an array; `ValueError` unless it names a goal for each of `n` rows.
+
+    Parameters
+    ----------
+    goals
+        what the index points into
+    index
+        one whole number a row
+    n
+        rows
+
+    Returns
+    -------
+    np.ndarray
+        (n,) int64
+    """
     index = np.asarray(index)
     if index.shape != (n,):
         raise ValueError(f"goal index of shape {index.shape} for {n} rows: expected ({n},)")

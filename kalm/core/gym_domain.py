@@ -41,7 +41,41 @@ def _goal_option(goal: Goal) -> dict:
 
 # %% ../../nbs/core/60_gym_domain.ipynb #9d3454a6
 class GymDomain(Domain):
-    "A Gymnasium environment with goals in words. `ValueError` says what does not fit."
+    """A Gymnasium environment with goals in words. `ValueError` says what does not fit.
+
+    Parameters
+    ----------
+    env_id
+        a registered id, or a function that makes one
+    goals
+        level -> sentences or goals; "offline" first
+    success
+        one of SUCCESS, or f(goal, states (..., S), start)
+    observe
+        observation -> state vector; flattened if not given
+    reward
+        f(goal, states, next_states, start), for imagined steps
+    behaviours
+        name -> act(simulator, rows, rng)
+    max_steps
+        of a sentence's goal; the environment's own if not given
+    levels
+        their order; that of `goals` if not given
+    judged_only
+        levels for evaluation alone
+    words
+        what it can say beside goals
+    limits
+        what is possible in it
+    features
+        what the numbers of its state are
+    name
+        of the domain; the id if not given
+    options
+        what `reset` is told of a goal
+    **make
+        for `gymnasium.make`
+    """
     def __init__(self,
                  env_id: str | Callable[[], gym.Env],       # a registered id, or a function that makes one
                  goals: Mapping[str, Sequence[str | Goal]], # level -> sentences or goals; "offline" first

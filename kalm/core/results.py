@@ -26,7 +26,22 @@ def wilson(successes: float,    # 0 to n; a fraction where rates were averaged
            n: float,            # at least 1
            level: float = .95,  # of the interval
           ) -> tuple[float, float]: # its ends, 0 to 1
-    "Wilson's interval for a success rate; `ValueError` unless 0 <= successes <= n and n >= 1."
+    """Wilson's interval for a success rate; `ValueError` unless 0 <= successes <= n and n >= 1.
+
+    Parameters
+    ----------
+    successes
+        0 to n; a fraction where rates were averaged
+    n
+        at least 1
+    level
+        of the interval
+
+    Returns
+    -------
+    tuple[float, float]
+        its ends, 0 to 1
+    """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: expected 0 to n, and n at least 1")
     if not 0 < level < 1:
@@ -52,7 +67,21 @@ def stratified_bootstrap(strata: Sequence[np.ndarray],  # one array of outcomes 
                          samples: int = 2000,           # how often all is drawn anew
                          seed: int = 0,                 # of the draws
                         ) -> tuple[float, float]:
-    "Percentile interval: every stratum is resampled within itself, `statistic` is taken of the means."
+    """Percentile interval: every stratum is resampled within itself, `statistic` is taken of the means.
+
+    Parameters
+    ----------
+    strata
+        one array of outcomes a seed (or a goal, or a level)
+    statistic
+        of the strata's means
+    level
+        of the interval
+    samples
+        how often all is drawn anew
+    seed
+        of the draws
+    """
     strata = [np.asarray(s, float).ravel() for s in strata]
     if not strata or not all(len(s) for s in strata):
         raise ValueError("an empty stratum, or none: expected outcomes in each")
@@ -79,7 +108,15 @@ def write_result(path: str | Path, # results.csv
                 ) -> None:
     """Put a row into results.csv; a row of the same key is replaced, the rest is kept.
 
-    The file is whole at every moment. `ValueError` for missing or unknown columns and impossible counts."""
+    The file is whole at every moment. `ValueError` for missing or unknown columns and impossible counts.
+
+    Parameters
+    ----------
+    path
+        results.csv
+    **row
+        every column but rate, low and high; `kind` may be left out
+    """
     row = {"kind": ""} | row
     n, k = int(row.get("episodes", 0)), int(row.get("successes", 0))
     low, high = wilson(k, n)
@@ -115,7 +152,15 @@ def results_folder() -> Path:
 def read_results(name: str | Path, # a path that ends in .csv, or the name of a file in `results/`
                  **where: str,     # column=value
                 ) -> list[dict[str, str]]:
-    "Rows of a results file, those that agree with `where`; none if there is no file. `ValueError` for other columns."
+    """Rows of a results file, those that agree with `where`; none if there is no file. `ValueError` for other columns.
+
+    Parameters
+    ----------
+    name
+        a path that ends in .csv, or the name of a file in `results/`
+    **where
+        column=value
+    """
     path = Path(name)
     if path.suffix != ".csv":
         path = results_folder()/f"{name}.csv"
@@ -131,7 +176,15 @@ def read_results(name: str | Path, # a path that ends in .csv, or the name of a 
 def markdown_table(rows: Iterable[Sequence], # cells, of any type
                    head: Sequence[str],      # column names
                   ) -> str:
-    "Rows as a Markdown table."
+    """Rows as a Markdown table.
+
+    Parameters
+    ----------
+    rows
+        cells, of any type
+    head
+        column names
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
 
@@ -140,7 +193,19 @@ LAST = 5  # checkpoints that count in a table; earlier ones are for learning cur
 
 
 class Cell(NamedTuple):
-    "Success of a method on a level."
+    """Success of a method on a level.
+
+    Parameters
+    ----------
+    rate
+        0 to 1
+    low
+        ends of the 95 % interval
+    seeds
+        the rate of each seed
+    episodes
+        over all seeds; those of several checkpoints count once
+    """
     rate: float                # 0 to 1
     low: float                 # ends of the 95 % interval
     high: float
@@ -153,7 +218,24 @@ def pooled(rows: Sequence[dict], # of `read_results`
            level: str,           # one of the domain's
            kind: str = "",       # of sentence; empty: the whole level
           ) -> Cell | None:      # None without rows
-    "The mean over the last checkpoints of each seed, over all seeds; `ValueError` for rows of several runs."
+    """The mean over the last checkpoints of each seed, over all seeds; `ValueError` for rows of several runs.
+
+    Parameters
+    ----------
+    rows
+        of `read_results`
+    method
+        one of METHODS
+    level
+        one of the domain's
+    kind
+        of sentence; empty: the whole level
+
+    Returns
+    -------
+    Cell | None
+        None without rows
+    """
     mine = [r for r in rows if r["method"] == method and r["level"] == level and r.get("kind", "") == kind]
     runs = sorted({tuple(r.get(k, "") for k in ("domain", "preset", "backend", "config")) for r in mine})
     if len(runs) > 1:

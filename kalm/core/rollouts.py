@@ -29,7 +29,29 @@ SOURCES = ("real", "imagined")
 
 @dataclass(frozen=True)
 class Rollout:
-    "One (state, action, reward) sequence without padding."
+    """One (state, action, reward) sequence without padding.
+
+    Parameters
+    ----------
+    states
+        (t+1, S) float32
+    actions
+        (t,) int64, or (t, k) float32
+    rewards
+        (t,) float32
+    success
+        the last state met the goal
+    failure
+        a dead end
+    truncated
+        time was up
+    goal
+        what it was for, None unknown
+    seed
+        of its start, -1 none
+    source
+        REAL or IMAGINED
+    """
     states: np.ndarray        # (t+1, S) float32
     actions: np.ndarray       # (t,) int64, or (t, k) float32
     rewards: np.ndarray       # (t,) float32
@@ -55,7 +77,37 @@ class Rollouts:
 
     `lengths` says where each ends; what lies behind is zero. A rollout ends by success, failure (a dead end: nothing
     follows, and it is no success) or truncation (time was up); a piece cut from a longer one by none of them.
-    `ValueError` for shapes that disagree, values that are not finite, lengths or goals that do not fit."""
+    `ValueError` for shapes that disagree, values that are not finite, lengths or goals that do not fit.
+
+    Parameters
+    ----------
+    states
+        (B, T+1, S) float32
+    actions
+        (B, T) int64, or (B, T, k) float32
+    rewards
+        (B, T) float32; 0 if not given
+    lengths
+        (B,) int64, actions taken; T if not given
+    success
+        (B,) bool
+    failure
+        (B,) bool
+    truncated
+        (B,) bool
+    goal
+        (B,) int64, index into goals; -1 unknown
+    seed
+        (B,) int64, of the start: domain.start(goals, index, seeds); -1 none
+    source
+        (B,) int8, REAL or IMAGINED
+    goals
+        what `goal` points into
+    codec
+        which actions there are, where it is known; `actions` are checked against it
+    domain
+        name of the domain, where it is known
+    """
     states: np.ndarray               # (B, T+1, S) float32
     actions: np.ndarray              # (B, T) int64, or (B, T, k) float32
     rewards: np.ndarray = None       # (B, T) float32; 0 if not given
@@ -177,7 +229,13 @@ def max_steps(self: Rollouts) -> int:
 
 @patch(as_prop=True)
 def mask(self: Rollouts) -> np.ndarray: # (B, T) bool
-    "Where an action was taken."
+    """Where an action was taken.
+
+    Returns
+    -------
+    np.ndarray
+        (B, T) bool
+    """
     return np.arange(self.max_steps) < self.lengths[:, None]
 
 # %% ../../nbs/core/40_rollouts.ipynb #95d7112a
@@ -231,13 +289,25 @@ def _one(r: Rollouts, i: int) -> Rollout:
 # %% ../../nbs/core/40_rollouts.ipynb #399e18ea
 @patch(as_prop=True)
 def last_states(self: Rollouts) -> np.ndarray: # (B, S)
-    "The state each rollout ended in."
+    """The state each rollout ended in.
+
+    Returns
+    -------
+    np.ndarray
+        (B, S)
+    """
     return self.states[np.arange(len(self)), self.lengths]
 
 
 @patch(as_prop=True)
 def texts(self: Rollouts) -> list[str]: # B sentences
-    "The sentence of each rollout's goal, empty where it is unknown."
+    """The sentence of each rollout's goal, empty where it is unknown.
+
+    Returns
+    -------
+    list[str]
+        B sentences
+    """
     return [self.goals[i].text if i >= 0 else "" for i in self.goal]
 
 
@@ -339,7 +409,13 @@ def trimmed(self: Rollouts) -> Rollouts:
 # %% ../../nbs/core/40_rollouts.ipynb #368f17fe
 @patch
 def digest(self: Rollouts) -> str: # 24 hex digits
-    "A hash of all but the padding, sentences included: the identity of a data set."
+    """A hash of all but the padding, sentences included: the identity of a data set.
+
+    Returns
+    -------
+    str
+        24 hex digits
+    """
     r = self.trimmed()
     arrays = {name: getattr(r, name) for name in ARRAYS}
     return digest_of([digest_of(arrays), [g.to_json() for g in self.goals], _about(self)])

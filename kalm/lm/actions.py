@@ -21,13 +21,27 @@ __all__ = ['LOG_STD', 'NEAR', 'ActionMaps', 'ActionLoss', 'weighted_mean', 'choo
 # %% ../../nbs/lm/20_actions.ipynb #8611612b
 @dataclass(frozen=True)
 class ActionLoss:
-    "What `loss` gives."
+    """What `loss` gives.
+
+    Parameters
+    ----------
+    loss
+        what is minimised, nats a row
+    accuracy
+        share right
+    """
     loss: Tensor      # what is minimised, nats a row
     accuracy: Tensor  # share right
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor: # (N,), (N,) -> ()
-    "Mean by weights; 0 where nothing counts."
+    """Mean by weights; 0 where nothing counts.
+
+    Returns
+    -------
+    Tensor
+        (N,), (N,) -> ()
+    """
     return (values * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
@@ -39,7 +53,20 @@ def _rows(rank: int | np.ndarray, n: int) -> np.ndarray: # (n,) int
 def choose(logits: Tensor,  # (N, n)
            uniform: Tensor, # (N,) numbers in [0, 1), used where temperature > 0
            temperature: float = 0., top_p: float = 1.) -> Tensor: # (N,) int64
-    "The likeliest, or the one at quantile `uniform` of the distribution without its tail beyond `top_p`."
+    """The likeliest, or the one at quantile `uniform` of the distribution without its tail beyond `top_p`.
+
+    Parameters
+    ----------
+    logits
+        (N, n)
+    uniform
+        (N,) numbers in [0, 1), used where temperature > 0
+
+    Returns
+    -------
+    Tensor
+        (N,) int64
+    """
     if temperature <= 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -70,11 +97,23 @@ class DiscreteActionMaps:
         return ids[at]
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray: # (n,)
-        "Random numbers for `n` actions, for `choose`."
+        """Random numbers for `n` actions, for `choose`.
+
+        Returns
+        -------
+        np.ndarray
+            (n,)
+        """
         return rng.random(n)
 
     def no_draws(self, n: int) -> np.ndarray: # (n,)
-        "As `draw`, where the temperature is 0."
+        """As `draw`, where the temperature is 0.
+
+        Returns
+        -------
+        np.ndarray
+            (n,)
+        """
         return np.zeros(n)
 
     def loss(self, outputs: Tensor, # (N, n + 1)
@@ -82,7 +121,19 @@ class DiscreteActionMaps:
              done: Tensor,          # (N,) bool
              weights: Tensor        # (N,) how much each row counts
             ) -> ActionLoss:
-        "Cross-entropy; the share of rows whose likeliest output is right."
+        """Cross-entropy; the share of rows whose likeliest output is right.
+
+        Parameters
+        ----------
+        outputs
+            (N, n + 1)
+        actions
+            (N,) int; anything where done
+        done
+            (N,) bool
+        weights
+            (N,) how much each row counts
+        """
         wanted = torch.where(done, self.codec.n, actions)
         losses = nn.functional.cross_entropy(outputs, wanted, reduction="none")
         hits = (outputs.argmax(-1) == wanted).float()
@@ -93,7 +144,22 @@ class DiscreteActionMaps:
                temperature: float = 0., top_p: float = 1.,
                rank: int | np.ndarray = 0      # () or (N,): where above 0, so many places after the likeliest
               ) -> tuple[np.ndarray, np.ndarray]: # actions (N,) int64, done (N,) bool
-        "Actions, likeliest or drawn; and where *done* is likelier than any of them."
+        """Actions, likeliest or drawn; and where *done* is likelier than any of them.
+
+        Parameters
+        ----------
+        outputs
+            (N, n + 1)
+        draws
+            (N,) numbers in [0, 1), used where temperature > 0
+        rank
+            () or (N,): where above 0, so many places after the likeliest
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            actions (N,) int64, done (N,) bool
+        """
         logits = outputs.detach().float().cpu()
         done = logits.argmax(-1).numpy() == self.codec.n
         logits = logits[:, :-1]
@@ -147,19 +213,43 @@ class ContinuousActionMaps:
         return none if actions is None else self.scaled(actions[at])
 
     def scaled(self, actions: Tensor) -> Tensor: # (..., k)
-        "Actions in units of half their range, from its centre."
+        """Actions in units of half their range, from its centre.
+
+        Returns
+        -------
+        Tensor
+            (..., k)
+        """
         return (actions - actions.new_tensor(self.codec.centre)) / actions.new_tensor(self.codec.scale)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray: # (n, k)
-        "Random numbers for `n` actions, for `choose`."
+        """Random numbers for `n` actions, for `choose`.
+
+        Returns
+        -------
+        np.ndarray
+            (n, k)
+        """
         return rng.standard_normal((n, self.k))
 
     def no_draws(self, n: int) -> np.ndarray: # (n, k)
-        "As `draw`, where the temperature is 0."
+        """As `draw`, where the temperature is 0.
+
+        Returns
+        -------
+        np.ndarray
+            (n, k)
+        """
         return np.zeros((n, self.k))
 
     def split(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]: # (..., 2k + 1) -> (..., k), (..., k), (...)
-        "Means and log standard deviations of scaled actions, logits of *done*."
+        """Means and log standard deviations of scaled actions, logits of *done*.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            (..., 2k + 1) -> (..., k), (..., k), (...)
+        """
         mean, raw, done = outputs[..., :self.k], outputs[..., self.k:-1], outputs[..., -1]
         low, high = LOG_STD
         return mean, low + (high - low) * raw.sigmoid(), done
@@ -169,7 +259,19 @@ class ContinuousActionMaps:
              done: Tensor,          # (N,) bool
              weights: Tensor        # (N,) how much each row counts
             ) -> ActionLoss:
-        "Negative log likelihood of scaled actions and of *done*; the share of coordinates whose mean is within `NEAR`."
+        """Negative log likelihood of scaled actions and of *done*; the share of coordinates whose mean is within `NEAR`.
+
+        Parameters
+        ----------
+        outputs
+            (N, 2k + 1)
+        actions
+            (N, k); anything finite where done
+        done
+            (N,) bool
+        weights
+            (N,) how much each row counts
+        """
         mean, log_std, logit = self.split(outputs.float())
         error = self.scaled(actions.float()) - mean
         nll = .5 * (error / log_std.exp())**2 + log_std + .5 * math.log(2 * math.pi)
@@ -183,7 +285,22 @@ class ContinuousActionMaps:
                temperature: float = 0., top_p: float = 1.,
                rank: int | np.ndarray = 0      # () or (N,): where above 0, the temperature is at least 1
               ) -> tuple[np.ndarray, np.ndarray]: # actions (N, k) float32 within bounds, done (N,) bool
-        "Actions, likeliest or drawn; and where *done* is likelier than not."
+        """Actions, likeliest or drawn; and where *done* is likelier than not.
+
+        Parameters
+        ----------
+        outputs
+            (N, 2k + 1)
+        draws
+            (N, k) standard normal numbers, used where temperature > 0
+        rank
+            () or (N,): where above 0, the temperature is at least 1
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            actions (N, k) float32 within bounds, done (N,) bool
+        """
         mean, log_std, logit = self.split(outputs.detach().float().cpu())
         rank = _rows(rank, len(mean))
         heat = torch.from_numpy(np.where(rank > 0, max(temperature, 1.), max(temperature, 0.))).float()[:, None]

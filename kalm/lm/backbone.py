@@ -103,7 +103,15 @@ def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or
                   dtype: torch.dtype = torch.float32,
                   scratch: int | None = None    # a seed: replace every weight by a random one, as before pretraining
                  ): # (model, tokenizer)
-    "A causal LM and its tokenizer; `ValueError` if there is none of that name."
+    """A causal LM and its tokenizer; `ValueError` if there is none of that name.
+
+    Parameters
+    ----------
+    name
+        a built-in name, a hub name or a folder
+    scratch
+        a seed: replace every weight by a random one, as before pretraining
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -253,7 +261,13 @@ def use_grouped_attention(backbone: nn.Module) -> None:
 # %% ../../nbs/lm/10_backbone.ipynb #011fc21a
 @dataclass(frozen=True)
 class Adapter:
-    "How the backbone may change."
+    """How the backbone may change.
+
+    Parameters
+    ----------
+    full
+        tune every weight instead (the paper's way)
+    """
     rank: int = 16
     alpha: int = 32
     full: bool = False  # tune every weight instead (the paper's way)

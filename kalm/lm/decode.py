@@ -23,7 +23,19 @@ __all__ = ['Element', 'text_elements', 'step_elements', 'as_tensors', 'UncachedD
 
 # %% ../../nbs/lm/60_decode.ipynb #2f67f9a4
 class Element(NamedTuple):
-    "One place of a sequence. What does not apply to its kind stays empty."
+    """One place of a sequence. What does not apply to its kind stays empty.
+
+    Parameters
+    ----------
+    kind
+        TEXT, STATE or ACTION
+    id
+        of a token, or the number of a discrete action
+    state
+        (S,) of a state; of an action the one before it
+    action
+        (k,) of a continuous action
+    """
     kind: int                        # TEXT, STATE or ACTION
     id: int = 0                      # of a token, or the number of a discrete action
     state: np.ndarray | None = None  # (S,) of a state; of an action the one before it
@@ -112,7 +124,19 @@ class SlotCache(DynamicLayer):
 
 
 class Pass(NamedTuple):
-    "What one run of the model writes into the caches."
+    """What one run of the model writes into the caches.
+
+    Parameters
+    ----------
+    slots
+        (n,) which sequences grow
+    columns
+        (n, L) where their new elements go
+    width
+        columns in use after it
+    everyone
+        whether `slots` are all slots, in order
+    """
     slots: Tensor      # (n,) which sequences grow
     columns: Tensor    # (n, L) where their new elements go
     width: int         # columns in use after it
@@ -123,7 +147,20 @@ def attention_masks(lm: KalmLM,
                     columns: Tensor, # (n, L) where elements stand in their slots
                     width: int       # columns in use
                    ) -> Tensor | dict[str, Tensor]: # (n, 1, L, width), one for each kind of layer if they differ
-    "Additive masks: an element sees itself and what is left of it, as far back as its layer looks."
+    """Additive masks: an element sees itself and what is left of it, as far back as its layer looks.
+
+    Parameters
+    ----------
+    columns
+        (n, L) where elements stand in their slots
+    width
+        columns in use
+
+    Returns
+    -------
+    Tensor | dict[str, Tensor]
+        (n, 1, L, width), one for each kind of layer if they differ
+    """
     key, at = torch.arange(width, device=columns.device), columns[:, :, None]
     masks = {}
     for kind, window in lm.windows.items():

@@ -39,7 +39,13 @@ __all__ = ['PASSAGE', 'pack', 'collate', 'Planned', 'Examples']
 
 # %% ../../nbs/lm/46_examples.ipynb #dd260fcb
 def pack(lengths: list[int], width: int) -> list[list[int]]: # indices of the sequences in each row
-    "Which sequences lie side by side in rows of at most `width` tokens (or one longer one): first fit, longest first."
+    """Which sequences lie side by side in rows of at most `width` tokens (or one longer one): first fit, longest first.
+
+    Returns
+    -------
+    list[list[int]]
+        indices of the sequences in each row
+    """
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         k = next((k for k, left in enumerate(room) if left >= lengths[i]), None)
@@ -74,7 +80,15 @@ def collate(sequences: list[Sequence], state_dim: int,
 
     (B, L): `kind`, `ids`, `ask`, `answer`, `weight`, `branch`, `position` as in `Token`; `tree`, which sequence of its
     row a token belongs to, -1 padding; `known`, whether it has a state. (B, L, S): `states`, `target`. (B, L, k):
-    `actions`, for continuous actions only."""
+    `actions`, for continuous actions only.
+
+    Parameters
+    ----------
+    action_dim
+        k of continuous actions, 0 for discrete ones
+    width
+        tokens in a row, about; 0: a row for each sequence
+    """
     rows = [[sequences[i] for i in row] for row in _even_rows(list(map(len, sequences)), width)]
     shape = len(rows), max(sum(map(len, row)) for row in rows)
     vectors = dict(states=state_dim, target=state_dim) | (dict(actions=action_dim) if action_dim else {})
@@ -110,13 +124,27 @@ _TASKS = (Generate, Dynamics, Explain, Consequence, Caption, Question, Text)  # 
 
 
 class Planned(NamedTuple):
-    "One sequence of a plan."
+    """One sequence of a plan.
+
+    Parameters
+    ----------
+    task
+        0 to 6 in TASKS, 7: composed sentences
+    rows
+        (branches, 2) rollout and first step; of text the passage, of composed sentences their stream
+    """
     task: int         # 0 to 6 in TASKS, 7: composed sentences
     rows: np.ndarray  # (branches, 2) rollout and first step; of text the passage, of composed sentences their stream
 
 
 class Examples:
-    "Every (rollout, task) pair of a data set, planned into batches epoch by epoch."
+    """Every (rollout, task) pair of a data set, planned into batches epoch by epoch.
+
+    Parameters
+    ----------
+    corpus
+        ordinary text; Python's manual if not given
+    """
     def __init__(self, lm: KalmLM, rollouts: Rollouts, words: Words | None, config: GroundConfig,
                  corpus: list[str] | None = None): # ordinary text; Python's manual if not given
         lm.codec.check(rollouts.actions, rollouts.rewards.shape)
@@ -189,7 +217,13 @@ def candidates(self: Examples, batch: dict[str, Tensor], position: tuple[int, in
 @patch
 def at(self: Examples, position: tuple[int, int], # (epoch, index)
        rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    "A batch, or a process's share of it; see `collate` and `candidates`."
+    """A batch, or a process's share of it; see `collate` and `candidates`.
+
+    Parameters
+    ----------
+    position
+        (epoch, index)
+    """
     planned = self.plan(position[0])[position[1]]
     planned = planned[rank::world] if len(planned) >= world else [planned[rank % len(planned)]]
     action_dim = self.codec.shape[0] if self.codec.shape else 0

@@ -27,13 +27,25 @@ __all__ = ['NOT_UNDERSTOOD', 'Answer', 'Speaking', 'story', 'explain', 'caption'
 
 # %% ../../nbs/lm/70_explain.ipynb #83ac7887
 class Answer(NamedTuple):
-    "What the model said."
+    """What the model said.
+
+    Parameters
+    ----------
+    sure
+        geometric mean of its tokens' probabilities, without the end of the sentence; 0 if it said nothing
+    """
     text: str
     sure: float  # geometric mean of its tokens' probabilities, without the end of the sentence; 0 if it said nothing
 
 
 class Speaking:
-    "Answers under construction: greedy words after prompts, about states (B, S) where they are about one."
+    """Answers under construction: greedy words after prompts, about states (B, S) where they are about one.
+
+    Parameters
+    ----------
+    until
+        tokens that end an answer as the end of its sentence does
+    """
     def __init__(self, lm: KalmLM, prompts: Sequence[list[Element]], states: np.ndarray | None = None,
                  max_tokens: int = 32,
                  until: Sequence[int] = ()):  # tokens that end an answer as the end of its sentence does
@@ -61,7 +73,13 @@ class Speaking:
 # %% ../../nbs/lm/70_explain.ipynb #a723227b
 @patch
 def say(self: Speaking, rows: np.ndarray, h: torch.Tensor) -> np.ndarray: # (n,) tokens
-    "The next word of each of `rows`, whose hidden vectors are `h` (n, D)."
+    """The next word of each of `rows`, whose hidden vectors are `h` (n, D).
+
+    Returns
+    -------
+    np.ndarray
+        (n,) tokens
+    """
     about = None if self.states is None else torch.as_tensor(self.states[rows], device=self.lm.device)
     log_p, tokens = self.lm.text_logits(h.to(self.lm.backbone.dtype), about).float().log_softmax(-1).max(-1)
     for row, token, p in zip(rows, tokens.tolist(), log_p.tolist()):
@@ -97,7 +115,15 @@ def explain(lm: KalmLM, rollouts: Rollouts,
             short: bool = False,                     # only the key words that come before the sentence
             prompt: tuple[str, str] | None = None,   # words before and after the rollout; training's first if not given
             max_tokens: int = 32, batch_size: int = 128, cached: bool = True) -> list[str]:
-    "One sentence for each rollout: what it was for."
+    """One sentence for each rollout: what it was for.
+
+    Parameters
+    ----------
+    short
+        only the key words that come before the sentence
+    prompt
+        words before and after the rollout; training's first if not given
+    """
     writer = Writer(lm)
     if prompt is None:
         halves = writer.prompt("explain", 0), writer.prompt("explain", 1)
@@ -124,7 +150,15 @@ NOT_UNDERSTOOD = "not understood"
 
 
 class Meaning(NamedTuple):
-    "What the model takes a sentence to mean."
+    """What the model takes a sentence to mean.
+
+    Parameters
+    ----------
+    words
+        key words, parts joined by "; "
+    sure
+        geometric mean probability of the key words, 0 to 1
+    """
     words: str   # key words, parts joined by "; "
     sure: float  # geometric mean probability of the key words, 0 to 1
 
@@ -137,7 +171,13 @@ def meaning_prompt(writer: Writer, text: str) -> list[Element]:
 def meaning(lm: KalmLM, texts: Sequence[str],
             threshold: float = 0.,  # key words that the model is less sure of are "not understood"
             max_tokens: int = 12, batch_size: int = 128, cached: bool = True) -> list[Meaning]:
-    "What the model takes each sentence to mean, and how sure it is. `ValueError` for a blank sentence."
+    """What the model takes each sentence to mean, and how sure it is. `ValueError` for a blank sentence.
+
+    Parameters
+    ----------
+    threshold
+        key words that the model is less sure of are "not understood"
+    """
     if isinstance(texts, str):
         raise ValueError("meaning takes a list of sentences: give [text]")
     if not all(text.strip() for text in texts):
@@ -150,7 +190,13 @@ def meaning(lm: KalmLM, texts: Sequence[str],
 # %% ../../nbs/lm/70_explain.ipynb #066913da
 def round_trip(lm: KalmLM, rollouts: Rollouts, words: Words, batch_size: int = 128
               ) -> tuple[np.ndarray, list[str]]: # (B,) bool, what was said; empty where nothing was asked
-    "Whether what the model says about each rollout agrees with its goal."
+    """Whether what the model says about each rollout agrees with its goal.
+
+    Returns
+    -------
+    tuple[np.ndarray, list[str]]
+        (B,) bool, what was said; empty where nothing was asked
+    """
     if len(rollouts) and rollouts.goal.min() < 0:
         raise ValueError("a rollout without a goal has no sentence to be compared with")
     how = np.array([words.checked_by(rollouts.goals[i]) for i in rollouts.goal], object)
@@ -176,7 +222,19 @@ def check_words(domain: Domain, what: str) -> None:
 # %% ../../nbs/lm/70_explain.ipynb #57461783
 @dataclass(frozen=True)
 class FilterScores:
-    "A filter against the truth, shares between 0 and 1; NaN where there is nothing to take a share of."
+    """A filter against the truth, shares between 0 and 1; NaN where there is nothing to take a share of.
+
+    Parameters
+    ----------
+    kept
+        of rollouts
+    precision
+        of the kept that are good
+    recall
+        of the good that are kept
+    base
+        share of all rollouts that are good
+    """
     kept: float       # of rollouts
     precision: float  # of the kept that are good
     recall: float     # of the good that are kept
@@ -198,7 +256,13 @@ def _share(x: np.ndarray) -> float:
 
 # %% ../../nbs/lm/70_explain.ipynb #caca384d
 class GoalEncoder:
-    "The grounded model's reading of sentences as vectors; an encoder for policies, as `SentenceEncoder` of `rl` is."
+    """The grounded model's reading of sentences as vectors; an encoder for policies, as `SentenceEncoder` of `rl` is.
+
+    Parameters
+    ----------
+    folder
+        of the model's checkpoint; empty: the one that ships for its domain
+    """
     def __init__(self, lm: KalmLM,
                  folder: str | Path = "",  # of the model's checkpoint; empty: the one that ships for its domain
                  batch_size: int = 64):
@@ -220,7 +284,13 @@ class GoalEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> np.ndarray: # (N, D) float32, unit length
-        "The hidden vector after each goal and the question what it means."
+        """The hidden vector after each goal and the question what it means.
+
+        Returns
+        -------
+        np.ndarray
+            (N, D) float32, unit length
+        """
         writer = Writer(self.lm)
         new = sorted({*texts} - self.known.keys(), key=lambda t: (len(t), t))
         with self.lm.merged():

@@ -33,7 +33,33 @@ STOPS = ("success", "done", "limit")
 
 @dataclass(frozen=True)
 class Imagination:
-    "How rollouts are imagined. `ValueError` for settings that make no sense."
+    """How rollouts are imagined. `ValueError` for settings that make no sense.
+
+    Parameters
+    ----------
+    max_steps
+        at most; the goals' own limits hold too
+    temperature
+        0: always the likeliest action
+    top_p
+        draw among the likeliest discrete actions that carry this much probability
+    rank
+        another try: begin with the discrete action so many places after the likeliest; continuous actions are drawn, from another stream, at temperature 1 or more
+    stop
+        one of STOPS; if not given success where the domain can judge states, else done
+    batch_size
+        rollouts imagined side by side
+    cached
+        keep keys and values; False recomputes each sequence, as a check
+    part_steps
+        by parts: most steps for a part before the next one has its turn
+    rounds
+        by parts: how often each part has its turn
+    tries
+        for `imagine_filtered`: imaginations that a rollout gets until one passes
+    progress
+        a bar, on a terminal
+    """
     seed: int = 0
     max_steps: int | None = None  # at most; the goals' own limits hold too
     temperature: float = 0.       # 0: always the likeliest action
@@ -80,14 +106,28 @@ def can_judge(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: 
 
 
 def stop_of(settings: Imagination, judged: bool) -> str: # one of STOPS
-    "What ends a rollout; `ValueError` for success where nobody can judge it."
+    """What ends a rollout; `ValueError` for success where nobody can judge it.
+
+    Returns
+    -------
+    str
+        one of STOPS
+    """
     if settings.stop == "success" and not judged:
         raise ValueError("stop='success': this domain does not judge states; give 'done' or 'limit', or leave it out")
     return settings.stop or ("success" if judged else "done")
 
 # %% ../../nbs/lm/65_generate.ipynb #8c1d54d3
 class ActionChooser:
-    "Chooses actions from hidden vectors, with random numbers of each row's own."
+    """Chooses actions from hidden vectors, with random numbers of each row's own.
+
+    Parameters
+    ----------
+    streams
+        (B,) number of each row's stream
+    steps
+        most steps of a row
+    """
     def __init__(self, lm: KalmLM, settings: Imagination,
                  streams: np.ndarray,  # (B,) number of each row's stream
                  steps: int):          # most steps of a row
@@ -202,14 +242,26 @@ def finish(self: Imagining, over: np.ndarray, success: bool) -> None:
 
 # %% ../../nbs/lm/65_generate.ipynb #0f4cdfc0
 def step_limits(goals: Sequence[Goal], index: np.ndarray, max_steps: int | None) -> np.ndarray: # (B,) int64
-    "How many actions each row may take: its goal's limit, and `max_steps` where it is given."
+    """How many actions each row may take: its goal's limit, and `max_steps` where it is given.
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64
+    """
     limits = np.array([g.max_steps for g in goals], np.int64)[index]
     return limits if max_steps is None else np.minimum(limits, max_steps)
 
 
 def imagined_rewards(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray, lengths: np.ndarray,
                      success: np.ndarray) -> np.ndarray: # (B, T) float32
-    "Rewards along states (B, T+1, S) of rollouts that end after `lengths` (B,) steps."
+    """Rewards along states (B, T+1, S) of rollouts that end after `lengths` (B,) steps.
+
+    Returns
+    -------
+    np.ndarray
+        (B, T) float32
+    """
     steps = np.arange(states.shape[1] - 1)
     rewards = judge_reward(domain, goals, index, states[:, :-1], states[:, 1:], states[:, 0])
     if rewards is None:
@@ -234,7 +286,19 @@ def generate(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
              settings: Imagination = Imagination(),
              streams: np.ndarray | None = None # (B,) numbers of the rows' random streams; 0, 1, 2 ... if not given
             ) -> Rollouts:
-    "One imagined rollout a row. `ValueError` for NaN, wrong shapes, a model of another domain."
+    """One imagined rollout a row. `ValueError` for NaN, wrong shapes, a model of another domain.
+
+    Parameters
+    ----------
+    index
+        (B,) goal of each row
+    states
+        (B, S) start states
+    seeds
+        (B,) of the starts, where they have one
+    streams
+        (B,) numbers of the rows' random streams; 0, 1, 2 ... if not given
+    """
     index, states = check_request(lm, domain, goals, index, states)
     work = Imagining(lm, domain, goals, index, states, settings, streams)
     work.run()
@@ -278,7 +342,17 @@ def act_in(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
            temperature: float = 0.,   # 0: always the likeliest action
            batch_size: int = 128,     # episodes side by side
            cached: bool = True) -> Rollouts:
-    "Real rollouts of the grounded model as policy: it chooses each action, the real environment answers."
+    """Real rollouts of the grounded model as policy: it chooses each action, the real environment answers.
+
+    Parameters
+    ----------
+    seed
+        the same goals and starts as `kalm.evaluate` with this seed
+    temperature
+        0: always the likeliest action
+    batch_size
+        episodes side by side
+    """
     goals = list(goals)
     settings = Imagination(seed=seed, temperature=temperature, batch_size=batch_size, cached=cached)
     index = in_turn(goals, episodes, numpy_rng(seed, "evaluate", "goals"))

@@ -48,7 +48,23 @@ def use_bf16(config: GroundConfig) -> bool:
 # %% ../../nbs/lm/50_ground.ipynb #5fa569e2
 @dataclass(frozen=True)
 class Losses:
-    "Means over the tokens that are asked; the field names are the columns of the log."
+    """Means over the tokens that are asked; the field names are the columns of the log.
+
+    Parameters
+    ----------
+    loss
+        what is minimised: action + state + text_weight x text + 0.3 x consequence
+    action
+        negative log likelihood of actions, nats, weighted
+    state
+        squared error of one step's change, in units of a typical change
+    text
+        cross-entropy of words, nats a word, weighted
+    consequence
+        squared error of the whole change
+    action_accuracy
+        share of actions that are right (of continuous ones: of coordinates that are near)
+    """
     loss: Tensor             # what is minimised: action + state + text_weight x text + 0.3 x consequence
     action: Tensor           # negative log likelihood of actions, nats, weighted
     state: Tensor            # squared error of one step's change, in units of a typical change
@@ -95,7 +111,13 @@ def action_loss(self: Grounder, hidden: Tensor, batch: dict[str, Tensor]) -> Act
 @patch
 def change_loss(self: Grounder, hidden: Tensor, batch: dict[str, Tensor], ask: int,
                 unit: Tensor) -> Tensor: # () or (S,), a typical change
-    "Squared error of changes, in these units."
+    """Squared error of changes, in these units.
+
+    Returns
+    -------
+    Tensor
+        () or (S,), a typical change
+    """
     at = batch["ask"] == ask
     change = self.lm.predict_delta(hidden[at], batch["states"][at])
     error = (change - batch["target"][at] / unit).pow(2).mean(-1)
@@ -207,7 +229,15 @@ STATE_FORMAT = "kalm grounding 3"
 
 
 class RunFolder:
-    "What a grounding run writes, in `out` (None: nothing is written)."
+    """What a grounding run writes, in `out` (None: nothing is written).
+
+    Parameters
+    ----------
+    out, request
+        JSON; decides every number of the run
+    writes
+        whether this process does
+    """
     def __init__(self, out: str | Path | None, request: dict, # JSON; decides every number of the run
                  writes: bool = True): # whether this process does
         self.out, self.writes, self.request = out and Path(out), writes, digest_of(request)
@@ -300,7 +330,13 @@ class Training:
         self.grounder = self.accelerator.prepare(grounder) if self.accelerator.num_processes > 1 else grounder
 
     def is_over(self, until: float | None) -> bool: # a time of `time.monotonic`
-        "Whether all steps are done, or time is up on any process."
+        """Whether all steps are done, or time is up on any process.
+
+        Returns
+        -------
+        bool
+            a time of `time.monotonic`
+        """
         late = until is not None and time.monotonic() > until
         if until is not None and self.accelerator.num_processes > 1:
             flag = torch.tensor(float(late), device=self.accelerator.device)
@@ -350,7 +386,21 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
     """Train a `KalmLM` on the grounding tasks. An interrupted run that is continued gives the same weights.
 
     `out` gets the model (kalm.json, model.safetensors) once all steps are done. `ValueError` for rollouts of another
-    domain, for a folder that holds a run on other data or with other settings, and for a loss that is not finite."""
+    domain, for a folder that holds a run on other data or with other settings, and for a loss that is not finite.
+
+    Parameters
+    ----------
+    domain, rollouts
+        real ones, of this domain
+    out
+        folder for log, state and model; a run that it holds is continued
+    max_minutes
+        stop cleanly at a checkpoint after this long
+    callback
+        at each checkpoint, with the model and the step
+    progress
+        a bar, on a terminal
+    """
     check_rollouts(check_domain(domain), rollouts)
     until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     training = Training(domain, rollouts, config, out)

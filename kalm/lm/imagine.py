@@ -28,7 +28,13 @@ __all__ = ['FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_ste
 def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
                      seeds: np.ndarray | None = None, settings: Imagination = Imagination()
                     ) -> tuple[Rollouts, np.ndarray]: # rollouts, (B,) which passed
-    "One rollout a row, and whether it passed the round trip within some tries; the first try's where none did."
+    """One rollout a row, and whether it passed the round trip within some tries; the first try's where none did.
+
+    Returns
+    -------
+    tuple[Rollouts, np.ndarray]
+        rollouts, (B,) which passed
+    """
     check_words(domain, "filter='round_trip'")
     index, states = check_request(lm, domain, goals, index, states)
     passed, parts, rows = np.zeros(len(states), bool), [], []
@@ -61,7 +67,28 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             parts: bool = False,              # imagine the parts of a goal one after the other
             **kwargs                          # fields of `Imagination`: max_steps, temperature, stop, tries ...
            ) -> Rollouts:                     # fewer than n if a filter dropped some
-    "Rollouts that the model imagines for `goals`. `ValueError` for options that the domain cannot serve."
+    """Rollouts that the model imagines for `goals`. `ValueError` for options that the domain cannot serve.
+
+    Parameters
+    ----------
+    n
+        rollouts in all, goals in turn
+    seed
+        decides goals, starts and draws
+    starts
+        (n, S) begin here; such rollouts carry no seed
+    filter
+        drop rollouts: "round_trip" if the model's words contradict the goal, "limits" if a step is unreal
+    parts
+        imagine the parts of a goal one after the other
+    **kwargs
+        fields of `Imagination`: max_steps, temperature, stop, tries ...
+
+    Returns
+    -------
+    Rollouts
+        fewer than n if a filter dropped some
+    """
     settings, goals = Imagination(seed=seed, **kwargs), list(goals)
     _check_options(domain, goals, n, starts, filter, parts)
     index = in_turn(goals, n, numpy_rng(seed, "imagine", "goals"))
@@ -106,12 +133,24 @@ def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter
 
 # %% ../../nbs/lm/80_imagine.ipynb #21b9384a
 def start_states(domain: Domain, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray) -> np.ndarray: # (B, S)
-    "Where episodes with these goals and seeds begin."
+    """Where episodes with these goals and seeds begin.
+
+    Returns
+    -------
+    np.ndarray
+        (B, S)
+    """
     pieces = [slice(k, k + SIDE_BY_SIDE) for k in range(0, len(seeds), SIDE_BY_SIDE)]
     return np.concatenate([domain.start(goals, index[p], seeds[p]).states for p in pieces])
 
 
 def unreal_steps(rollouts: Rollouts, limits: Limits) -> tuple[np.ndarray, np.ndarray]: # (B, T) bool both
-    "Steps that end out of bounds, and steps that are too fast."
+    """Steps that end out of bounds, and steps that are too fast.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (B, T) bool both
+    """
     before, after = rollouts.states[:, :-1], rollouts.states[:, 1:]
     return limits.outside(after) & rollouts.mask, limits.too_fast(before, after) & rollouts.mask

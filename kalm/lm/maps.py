@@ -24,7 +24,13 @@ RBF_WIDTH = .35
 
 
 class PairwiseFeatures(nn.Module):
-    "How every two points of a normalised state (..., S) lie: offset, radial basis functions of distance, product."
+    """How every two points of a normalised state (..., S) lie: offset, radial basis functions of distance, product.
+
+    Parameters
+    ----------
+    points
+        coordinates of each point
+    """
     def __init__(self, points: tuple[tuple[int, int], ...]): # coordinates of each point
         super().__init__()
         first, second = torch.triu_indices(len(points), len(points), 1)
@@ -132,7 +138,19 @@ STILL = 1e-3  # added to standard deviations: a coordinate that never changes is
 
 @dataclass(frozen=True)
 class Normaliser:
-    "Statistics of the real data, in the units of a state."
+    """Statistics of the real data, in the units of a state.
+
+    Parameters
+    ----------
+    mean
+        (S,) of states
+    std
+        (S,)
+    step
+        standard deviation of one step's change: one number for all coordinates, or (S,)
+    jump
+        the same of a whole rollout's change
+    """
     mean: tuple[float, ...]  # (S,) of states
     std: tuple[float, ...]   # (S,)
     step: Scale = .1         # standard deviation of one step's change: one number for all coordinates, or (S,)

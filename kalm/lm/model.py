@@ -40,7 +40,24 @@ def tree_attention_mask(tree: Tensor,       # (B, L) int, which sequence of its 
                         positions: Tensor | None = None, # (B, L) int, for a window
                         window: int | None = None        # an element sees this many, itself included
                        ) -> Tensor: # (B, 1, L, L) 0 where an element may look, else a very negative number
-    "Rows that hold several branching sequences: an element sees what came before it in its own branch and beginning."
+    """Rows that hold several branching sequences: an element sees what came before it in its own branch and beginning.
+
+    Parameters
+    ----------
+    tree
+        (B, L) int, which sequence of its row an element belongs to
+    branch
+        (B, L) int, which continuation of it; 0: the beginning that all share
+    positions
+        (B, L) int, for a window
+    window
+        an element sees this many, itself included
+
+    Returns
+    -------
+    Tensor
+        (B, 1, L, L) 0 where an element may look, else a very negative number
+    """
     length = branch.shape[1]
     here, there = (slice(None), slice(None), None), (slice(None), None, slice(None))
     sees = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
@@ -53,7 +70,21 @@ def tree_attention_mask(tree: Tensor,       # (B, L) int, which sequence of its 
 # %% ../../nbs/lm/30_model.ipynb #2bbc3d38
 @dataclass(frozen=True)
 class ModelSpec:
-    "What a model has to know of the domain that it is for."
+    """What a model has to know of the domain that it is for.
+
+    Parameters
+    ----------
+    state_dim
+        S
+    features
+        what the numbers of a state are to each other
+    hidden
+        width of embeddings and heads inside
+    prompts
+        task -> wordings, each a tuple of texts, see kalm.lm.sequences
+    domain
+        its name
+    """
     state_dim: int                  # S
     codec: Actions
     features: Features = Features() # what the numbers of a state are to each other
@@ -193,7 +224,24 @@ def text_logits(self: KalmLM, h: Tensor, # (..., D)
                 among: Tensor | None = None,  # (C,) tokens; all if not given
                 known: Tensor | None = None   # (...) bool, which words speak of a state; all if not given
                ) -> Tensor: # (..., vocabulary) or (..., C)
-    "Logits of the backbone's own vocabulary head."
+    """Logits of the backbone's own vocabulary head.
+
+    Parameters
+    ----------
+    h
+        (..., D)
+    states
+        (..., S) the state that each word speaks about: `word_head` moves h
+    among
+        (C,) tokens; all if not given
+    known
+        (...) bool, which words speak of a state; all if not given
+
+    Returns
+    -------
+    Tensor
+        (..., vocabulary) or (..., C)
+    """
     head = self.backbone.get_output_embeddings()
     if states is not None:
         moved = self.word_head(h.to(self.state_mean.dtype), self.features(states)).to(h.dtype)
@@ -331,7 +379,13 @@ def header(self: KalmLM) -> dict:
 def save_pretrained(self: KalmLM, folder: str | Path,
                     dtype: torch.dtype | None = torch.bfloat16  # None keeps float32
                    ) -> None:
-    "Write `kalm.json` and `model.safetensors` (+ SHA-256), each atomically."
+    """Write `kalm.json` and `model.safetensors` (+ SHA-256), each atomically.
+
+    Parameters
+    ----------
+    dtype
+        None keeps float32
+    """
     own = self.own_parameters()
     tensors = {n: p if dtype is None else p.to(dtype) for n, p in own.items()}
     save_tensors(Path(folder)/"model.safetensors", tensors)
@@ -390,7 +444,21 @@ def from_pretrained(cls: KalmLM, name: str | Path = DEFAULT_BACKBONE, # a backbo
                     scratch: bool = False,               # same architecture, random weights
                     **spec                               # of a fresh model: the fields of `ModelSpec`
                    ) -> KalmLM:
-    "A fresh `KalmLM` on a backbone, or a grounded one from its checkpoint. `ValueError` for one of another backbone."
+    """A fresh `KalmLM` on a backbone, or a grounded one from its checkpoint. `ValueError` for one of another backbone.
+
+    Parameters
+    ----------
+    name
+        a backbone, or a grounded checkpoint's folder
+    backbone
+        for a checkpoint: where its backbone lies now
+    dtype
+        of the backbone
+    scratch
+        same architecture, random weights
+    **spec
+        of a fresh model: the fields of `ModelSpec`
+    """
     if (Path(name)/"kalm.json").exists():
         if spec or scratch:
             raise ValueError(f"{name} is a checkpoint and brings its own {', '.join(spec) or 'weights'}")

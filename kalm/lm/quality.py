@@ -28,26 +28,50 @@ __all__ = ['matches', 'replays', 'distances', 'step_errors', 'Quality', 'quality
 
 # %% ../../nbs/lm/90_quality.ipynb #13ef141e
 def matches(rollouts: Rollouts, domain: Domain) -> np.ndarray | None: # (B,) bool
-    "Whether the last state of each rollout meets its goal; None where states do not tell."
+    """Whether the last state of each rollout meets its goal; None where states do not tell.
+
+    Returns
+    -------
+    np.ndarray | None
+        (B,) bool
+    """
     return judge_success(domain, rollouts.goals, rollouts.goal, rollouts.last_states, rollouts.states[:, 0])
 
 
 def replays(rollouts: Rollouts, domain: Domain) -> np.ndarray | None: # (B,) bool
-    "Whether the actions of each rollout, carried out for real, meet its goal; None where starts cannot be found again."
+    """Whether the actions of each rollout, carried out for real, meet its goal; None where starts cannot be found again.
+
+    Returns
+    -------
+    np.ndarray | None
+        (B,) bool
+    """
     if (rollouts.seed < 0).any() and not hasattr(domain, "at"):
         return None
     return replay_in(domain, rollouts).success
 
 # %% ../../nbs/lm/90_quality.ipynb #ad68a303
 def distances(a: np.ndarray, b: np.ndarray, limits: Limits | None) -> np.ndarray: # (N, parts)
-    "Euclidean distances between states (N, S), part by part."
+    """Euclidean distances between states (N, S), part by part.
+
+    Returns
+    -------
+    np.ndarray
+        (N, parts)
+    """
     parts = limits.parts if limits is not None and limits.parts else (range(a.shape[1]),)
     change = np.asarray(a, np.float64) - b
     return np.stack([np.linalg.norm(change[:, list(part)], axis=1) for part in parts], 1)
 
 
 def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None: # (N, parts) both
-    "How far imagined next states, and unchanged ones, lie from real ones; None without `domain.at`."
+    """How far imagined next states, and unchanged ones, lie from real ones; None without `domain.at`.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray] | None
+        (N, parts) both
+    """
     if not hasattr(domain, "at"):
         return None
     limits, t = getattr(domain, "limits", None), rollouts.transitions()
@@ -61,7 +85,25 @@ def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndar
 # %% ../../nbs/lm/90_quality.ipynb #b9912dcb
 @dataclass(frozen=True)
 class Quality:
-    "Shares between 0 and 1, of `rollouts` or of imagined steps; errors in the unit of states. NaN: it cannot be told."
+    """Shares between 0 and 1, of `rollouts` or of imagined steps; errors in the unit of states. NaN: it cannot be told.
+
+    Parameters
+    ----------
+    match
+        share whose last imagined state meets the goal
+    replay
+        share whose actions meet the goal when carried out for real
+    step_error
+        mean distance between imagined and real next state
+    still_error
+        the same for a model that predicts no change
+    off_limits
+        share of steps that end out of bounds
+    too_fast
+        share of steps that go too far
+    length
+        mean steps
+    """
     rollouts: int
     match: float         # share whose last imagined state meets the goal
     replay: float        # share whose actions meet the goal when carried out for real
@@ -139,7 +181,17 @@ def perplexity(lm: KalmLM, texts: Sequence[str] | None = None, # held-out pages 
                words: int = 128,      # tokens in a passage
                most: int = 200,       # passages read
                batch_size: int = 16) -> float:
-    "The exponential of the mean negative log-probability of each word after those before it, in nats."
+    """The exponential of the mean negative log-probability of each word after those before it, in nats.
+
+    Parameters
+    ----------
+    lm, texts
+        held-out pages of Python's manual if not given
+    words
+        tokens in a passage
+    most
+        passages read
+    """
     writer = Writer(lm)
     pieces = passages(writer, ordinary_text(held_out=True) if texts is None else list(texts), words)
     pieces = pieces[::max(1, len(pieces) // most)][:most]

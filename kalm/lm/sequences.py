@@ -36,7 +36,13 @@ PROMPTS = {  # wordings of each task: before what is shown, and after it
 
 
 def prompts_of(words: Words | None = None) -> dict[str, list[list[str]]]: # task -> [before, after] of each wording
-    "The wordings of every task: a domain's own where it has some, else the general ones. `ValueError` for others."
+    """The wordings of every task: a domain's own where it has some, else the general ones. `ValueError` for others.
+
+    Returns
+    -------
+    dict[str, list[list[str]]]
+        task -> [before, after] of each wording
+    """
     own = dict(getattr(words, "prompts", None) or {})
     unknown = set(own) - set(PROMPTS)
     if unknown:
@@ -91,7 +97,29 @@ NOTHING, WORD, ACT, DONE, STEP, JUMP = range(6)  # what is asked for after a tok
 
 @dataclass(slots=True)
 class Token:
-    "One place of a sequence: what is read there, and what is asked for after it."
+    """One place of a sequence: what is read there, and what is asked for after it.
+
+    Parameters
+    ----------
+    kind
+        TEXT, STATE or ACTION
+    ids
+        number of a word or of a discrete action
+    state
+        (S,) the state; for words and actions the one that they are about
+    action
+        (k,) a continuous action, read here or asked for here
+    answer
+        number of the word or of the discrete action asked for
+    target
+        (S,) change of the state asked for
+    weight
+        of the word or action asked for, in the loss
+    branch
+        0: the beginning, which all branches see
+    position
+        in its branch, the beginning included
+    """
     kind: int                         # TEXT, STATE or ACTION
     ids: int = 0                      # number of a word or of a discrete action
     state: np.ndarray | None = None   # (S,) the state; for words and actions the one that they are about

@@ -19,7 +19,20 @@ __all__ = ['TASKS', 'check_numbers', 'TaskWeights', 'GroundConfig']
 def check_numbers(settings,                   # a dataclass whose fields are annotated int, float or bool
                   least: Mapping[str, float], # lowest value of a field; 0 where it is not named
                   most: Mapping[str, float]) -> None: # highest value of a field
-    "`ValueError` for a setting that is not a number of its type and within bounds. Numbers become plain ones."
+    """`ValueError` for a setting that is not a number of its type and within bounds. Numbers become plain ones.
+
+    Parameters
+    ----------
+    settings
+        a dataclass whose fields are annotated int, float or bool
+    least
+        lowest value of a field; 0 where it is not named
+
+    Returns
+    -------
+    None
+        highest value of a field
+    """
     for f in fields(settings):
         value = getattr(settings, f.name)
         if f.type == "bool" and not isinstance(value, bool):
@@ -38,7 +51,15 @@ def check_numbers(settings,                   # a dataclass whose fields are ann
 # %% ../../nbs/lm/35_settings.ipynb #f0783840
 @dataclass(frozen=True)
 class TaskWeights:
-    "Examples of each task in an epoch, as a multiple of the number of rollouts that `max_length` admits."
+    """Examples of each task in an epoch, as a multiple of the number of rollouts that `max_length` admits.
+
+    Parameters
+    ----------
+    explain
+        many words, which cost more tokens than anything else
+    caption
+        captions and questions need a domain with words
+    """
     generate: float = 1.
     dynamics: float = 1.
     explain: float = .5      # many words, which cost more tokens than anything else
@@ -58,7 +79,47 @@ TASKS = tuple(f.name for f in fields(TaskWeights))
 # %% ../../nbs/lm/35_settings.ipynb #b8d3a716
 @dataclass(frozen=True)
 class GroundConfig:
-    "Everything that decides a grounding run. `ValueError` for a value out of bounds."
+    """Everything that decides a grounding run. `ValueError` for a value out of bounds.
+
+    Parameters
+    ----------
+    scratch
+        random weights in place of the pretrained ones
+    start
+        folder of a checkpoint to begin with; "shipped": the one that ships for the domain
+    meanings
+        explanations begin with the goal's key words, and goals are asked for theirs
+    compose
+        sentences made of two or three goals a rollout and epoch, asked for their meanings
+    branches
+        rollouts behind one prompt, questions about one state
+    max_length
+        longest rollout that tasks about goals use, 0 any: long ones are mostly erratic
+    unrewarded_weight
+        of imitating an action that the data gave no reward
+    text_weight
+        of words, against actions and states
+    keyword_weight
+        of a key word, against other words: few words decide the meaning
+    negatives
+        random words beside the right ones, 0 the whole vocabulary
+    batch_tokens
+        in a step, over all processes
+    width
+        tokens in a row, in which short sequences lie side by side; 0: a row each
+    lr
+        of the adapter (or of the backbone, if fully tuned: use 2e-4)
+    head_lr
+        of embeddings and heads
+    warmup
+        share of the steps
+    clip
+        largest norm of the gradient
+    bf16
+        bfloat16 arithmetic; None: where the hardware has it
+    checkpoint_every
+        steps
+    """
     # the model
     backbone: str = DEFAULT_BACKBONE
     adapter: Adapter = Adapter()

@@ -46,7 +46,13 @@ class Material:
         return self.meanings[self.rollouts.goal[i]]
 
     def steps(self, i: int) -> tuple[np.ndarray, np.ndarray]: # (t+1, S), (t, ...)
-        "States and actions of rollout i."
+        """States and actions of rollout i.
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            (t+1, S), (t, ...)
+        """
         t = self.rollouts.lengths[i]
         return self.rollouts.states[i, :t + 1], self.rollouts.actions[i, :t]
 
@@ -102,7 +108,13 @@ class Task:
 # %% ../../nbs/lm/43_tasks.ipynb #3b16fcaa
 @patch
 def write(self: Task, rows: np.ndarray) -> Sequence: # (branches, 2)
-    "The sequence of these examples."
+    """The sequence of these examples.
+
+    Returns
+    -------
+    Sequence
+        (branches, 2)
+    """
     wording = int(rows[0, 0])
     q = Sequence().say(self.start(wording))
     for i, first in rows.tolist():
@@ -119,7 +131,13 @@ def length(self: Task, rows: np.ndarray) -> int:
 # %% ../../nbs/lm/43_tasks.ipynb #b54081b4
 @patch
 def draw(self: Task, rng: np.random.Generator, n: int) -> list[np.ndarray]: # a sequence each, (branches, 2)
-    "About `n` examples."
+    """About `n` examples.
+
+    Returns
+    -------
+    list[np.ndarray]
+        a sequence each, (branches, 2)
+    """
     m = self.material
     who = np.resize(rng.permutation(m.moving if self.one_step else m.short), n)
     first = rng.integers(0, m.rollouts.lengths[who]) if self.one_step else np.zeros_like(who)
@@ -270,7 +288,17 @@ def ask_questions(writer: Writer, state: np.ndarray, # (S,)
                   questions: list[tuple[str, str]],   # with answers
                   wording: int = 0, weight: float = 1. # of the words of an answer
                  ) -> Sequence:
-    "Questions about one state, a branch each."
+    """Questions about one state, a branch each.
+
+    Parameters
+    ----------
+    writer, state
+        (S,)
+    questions
+        with answers
+    wording, weight
+        of the words of an answer
+    """
     q = Sequence().say(writer.start("question", wording=wording)).show(state)
     q.say(writer.prompt("question", 1, wording=wording), state)
     for question, answer in questions:
@@ -323,7 +351,13 @@ _JOINTS = ", and ", " and ", ", then ", "; ", " while ", " and also ", ", and af
 
 def compose(texts: list[str], # sentences that ask for one thing each
             rng: np.random.Generator) -> str:
-    "One sentence that asks for all of it."
+    """One sentence that asks for all of it.
+
+    Parameters
+    ----------
+    texts
+        sentences that ask for one thing each
+    """
     words = [t.rstrip(".!? ").split() for t in texts]
     alike = _common_beginning(words) if rng.random() < .75 else 0
     rest = [" ".join(w[alike:]) for w in words]

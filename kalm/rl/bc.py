@@ -23,7 +23,19 @@ __all__ = ['BCLoss', 'bc_loss', 'GaussianBCLoss', 'gaussian_bc_loss', 'BC']
 # %% ../../nbs/rl/50_bc.ipynb #915196a3
 @dataclass(frozen=True)
 class BCLoss:
-    "Behaviour cloning of discrete actions, batch means (...)."
+    """Behaviour cloning of discrete actions, batch means (...).
+
+    Parameters
+    ----------
+    loss
+        imitation + beta * penalty
+    imitation
+        -log pi(a), nats
+    penalty
+        mean square of all log-probabilities
+    accuracy
+        share of rows whose likeliest action is the data's
+    """
     loss: Tensor       # imitation + beta * penalty
     imitation: Tensor  # -log pi(a), nats
     penalty: Tensor    # mean square of all log-probabilities
@@ -35,7 +47,17 @@ def bc_loss(logits: Tensor,  # (..., B, A)
             beta: float = .5,
             weights: Tensor | float = 1. # (..., B) how much each row counts
            ) -> BCLoss:
-    "Discrete behaviour cloning as d3rlpy has it."
+    """Discrete behaviour cloning as d3rlpy has it.
+
+    Parameters
+    ----------
+    logits
+        (..., B, A)
+    actions
+        (..., B) int64
+    weights
+        (..., B) how much each row counts
+    """
     log_pi = logits.log_softmax(-1)
     taken = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     imitation = -(weights * taken).mean(-1)
@@ -46,7 +68,17 @@ def bc_loss(logits: Tensor,  # (..., B, A)
 # %% ../../nbs/rl/50_bc.ipynb #064a3c6e
 @dataclass(frozen=True)
 class GaussianBCLoss:
-    "Behaviour cloning of continuous actions, batch means (...)."
+    """Behaviour cloning of continuous actions, batch means (...).
+
+    Parameters
+    ----------
+    loss
+        -log density of the scaled action, nats, summed over its numbers
+    error
+        distance of the mean from the data's action, mean over numbers, in halves of the range
+    std
+        standard deviation, mean over numbers, in halves of the range
+    """
     loss: Tensor   # -log density of the scaled action, nats, summed over its numbers
     error: Tensor  # distance of the mean from the data's action, mean over numbers, in halves of the range
     std: Tensor    # standard deviation, mean over numbers, in halves of the range
@@ -56,7 +88,17 @@ def gaussian_bc_loss(outputs: Tensor, # (..., B, 2k)
                      actions: Tensor, # (..., B, k) scaled to -1 to 1
                      weights: Tensor | float = 1. # (..., B)
                     ) -> GaussianBCLoss:
-    "Negative log likelihood under a diagonal Gaussian: mean squashed into the box, std depending on the state."
+    """Negative log likelihood under a diagonal Gaussian: mean squashed into the box, std depending on the state.
+
+    Parameters
+    ----------
+    outputs
+        (..., B, 2k)
+    actions
+        (..., B, k) scaled to -1 to 1
+    weights
+        (..., B)
+    """
     raw, log_std = mean_and_log_std(outputs)
     off = actions - raw.tanh()
     nll = .5 * (off / log_std.exp()).square() + log_std + .5 * math.log(2 * math.pi)
@@ -82,7 +124,15 @@ class _BCLearner(Learner):
 
 @dataclass(frozen=True)
 class BC:
-    "Behaviour cloning; the paper's settings are the defaults."
+    """Behaviour cloning; the paper's settings are the defaults.
+
+    Parameters
+    ----------
+    beta
+        of the penalty on confidence; discrete actions only
+    temperature
+        of the policy's draws; 0 takes the likeliest action, as the paper does
+    """
     batch_size: int = 100
     lr: float = 1e-3
     beta: float = .5          # of the penalty on confidence; discrete actions only

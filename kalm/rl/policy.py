@@ -29,7 +29,21 @@ __all__ = ['HEADS', 'LOG_STD', 'POLICY_FORMAT', 'GoalMLP', 'GoalMLPs', 'head_out
 
 # %% ../../nbs/rl/30_policy.ipynb #aece1b3d
 class GoalMLP(nn.Module):
-    "MLP on [input, sentence encoding]; the goal's share of the first layer can be computed apart."
+    """MLP on [input, sentence encoding]; the goal's share of the first layer can be computed apart.
+
+    Parameters
+    ----------
+    encoding_dim
+        E
+    inputs
+        I: a state, or a state and an action
+    outputs
+        O: an action each, or what a distribution needs
+    hidden
+        H
+    rng
+        on the CPU, for the initial weights; zeros if not given
+    """
     def __init__(self,
                  encoding_dim: int,                   # E
                  inputs: int,                         # I: a state, or a state and an action
@@ -77,7 +91,13 @@ class GoalMLP(nn.Module):
 
 # %% ../../nbs/rl/30_policy.ipynb #2320b777
 class GoalMLPs(nn.Module):
-    "Several `GoalMLP`s of one shape side by side, one a seed: tensors have one axis more, in front."
+    """Several `GoalMLP`s of one shape side by side, one a seed: tensors have one axis more, in front.
+
+    Parameters
+    ----------
+    dtype
+        of the wide products
+    """
     def __init__(self,
                  nets: Sequence[GoalMLP],
                  dtype: torch.dtype = torch.float32): # of the wide products
@@ -134,14 +154,31 @@ LOG_STD = (-5., 2.)  # of scaled actions: from 0.7 % of half the box to more tha
 
 def mean_and_log_std(outputs: Tensor # (..., 2k)
                     ) -> tuple[Tensor, Tensor]: # (..., k) both
-    "The mean before any squashing, and the log standard deviation within `LOG_STD`."
+    """The mean before any squashing, and the log standard deviation within `LOG_STD`.
+
+    Parameters
+    ----------
+    outputs
+        (..., 2k)
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (..., k) both
+    """
     mean, raw = outputs.chunk(2, -1)
     low, high = LOG_STD
     return mean, low + (high - low) / 2 * (1 + raw.tanh())
 
 
 def scaled_actions(actions: Tensor, codec: Actions) -> Tensor: # (..., k) both
-    "Actions of the environment as numbers from -1 to 1."
+    """Actions of the environment as numbers from -1 to 1.
+
+    Returns
+    -------
+    Tensor
+        (..., k) both
+    """
     centre, scale = (torch.from_numpy(x).to(actions.device) for x in (codec.centre, codec.scale))
     return (actions - centre) / scale
 
@@ -150,7 +187,20 @@ def choose_discrete(outputs: np.ndarray, # (B, A)
                     temperature: float,
                     rng: np.random.Generator | None # used where the temperature is not 0
                    ) -> np.ndarray: # (B,) int64
-    "The largest output, or a draw in proportion to exp(output / temperature)."
+    """The largest output, or a draw in proportion to exp(output / temperature).
+
+    Parameters
+    ----------
+    outputs
+        (B, A)
+    rng
+        used where the temperature is not 0
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64
+    """
     if temperature:
         u = np.maximum(rng.random(outputs.shape), 1e-20)
         outputs = outputs / temperature - np.log(-np.log(u))
@@ -162,7 +212,18 @@ def choose_scaled(outputs: Tensor, # (B, 2k), or (B, k) of a deterministic head
                   temperature: float,
                   rng: np.random.Generator | None
                  ) -> np.ndarray: # (B, k) float32, -1 to 1
-    "The middle of the distribution, or a draw whose noise is scaled by the temperature."
+    """The middle of the distribution, or a draw whose noise is scaled by the temperature.
+
+    Parameters
+    ----------
+    outputs
+        (B, 2k), or (B, k) of a deterministic head
+
+    Returns
+    -------
+    np.ndarray
+        (B, k) float32, -1 to 1
+    """
     if head == "deterministic":
         return outputs.tanh().cpu().numpy()
     mean, log_std = mean_and_log_std(outputs)
@@ -176,7 +237,21 @@ def choose_scaled(outputs: Tensor, # (B, 2k), or (B, k) of a deterministic head
 # %% ../../nbs/rl/30_policy.ipynb #0b922791
 @dataclass(eq=False)
 class Policy:
-    "Actions of a trained network for states and sentences. `ValueError` if head, network and actions do not fit."
+    """Actions of a trained network for states and sentences. `ValueError` if head, network and actions do not fit.
+
+    Parameters
+    ----------
+    head
+        one of HEADS
+    codec
+        which actions there are
+    encoder
+        that turns sentences into what the network was trained on
+    temperature
+        of the draws; 0 takes the likeliest action
+    step
+        gradient steps taken
+    """
     net: GoalMLP
     head: str                # one of HEADS
     codec: Actions           # which actions there are
@@ -206,7 +281,22 @@ def act(self: Policy,
         texts: str | Sequence[str],            # a sentence a row, or one for all
         rng: np.random.Generator | None = None # of the draws; a stream of the seed and these states if not given
        ) -> np.ndarray:                        # (B,) int64 or (B, k) float32; one action for one state
-    "Actions for states and sentences; `ValueError` for wrong shapes, NaN, or what is not a sentence."
+    """Actions for states and sentences; `ValueError` for wrong shapes, NaN, or what is not a sentence.
+
+    Parameters
+    ----------
+    states
+        (B, S), or one state (S,)
+    texts
+        a sentence a row, or one for all
+    rng
+        of the draws; a stream of the seed and these states if not given
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64 or (B, k) float32; one action for one state
+    """
     states = np.asarray(states, np.float32)
     rows = states[None] if states.ndim == 1 else states
     if rows.ndim != 2 or rows.shape[1] != self.net.sizes["inputs"] or not len(rows):
@@ -267,7 +357,13 @@ def load(cls: Policy,
          encoder: Encoder | None = None, # the one it was trained with; a sentence encoder is found by itself
          device: str | torch.device = "cpu"
         ) -> Policy:
-    "What `save` wrote. `ValueError` for a damaged or foreign file, or an encoder that is missing or another one."
+    """What `save` wrote. `ValueError` for a damaged or foreign file, or an encoder that is missing or another one.
+
+    Parameters
+    ----------
+    encoder
+        the one it was trained with; a sentence encoder is found by itself
+    """
     path = Path(folder)/"policy.safetensors"
     about, weights = read_header(path, POLICY_FORMAT), load_tensors(path)
     try:

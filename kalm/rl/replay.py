@@ -24,7 +24,29 @@ __all__ = ['Batch', 'Replay', 'synthetic_replay']
 
 # %% ../../nbs/rl/20_replay.ipynb #afa7ff36
 class Batch(NamedTuple):
-    "Transitions as the losses want them; all on one device. The axes in front are (B,), or (n, B) for n seeds."
+    """Transitions as the losses want them; all on one device. The axes in front are (B,), or (n, B) for n seeds.
+
+    Parameters
+    ----------
+    states
+        (..., B, S) float32
+    next_states
+        (..., B, S) float32
+    rewards
+        (..., B) float32
+    bootstrap
+        (..., B) float32; 0 after success or failure, else 1, also where time was up
+    actions
+        (..., B) int64, or (..., B, k) float32 in the units of the environment
+    goals
+        (..., B) int64, row of `Replay.encodings`
+    encodings
+        (..., B, E) float32
+    weights
+        (..., B) float32, how much a transition counts
+    group
+        (..., B) int64, which group of the replay it was drawn from
+    """
     states: Tensor      # (..., B, S) float32
     next_states: Tensor # (..., B, S) float32
     rewards: Tensor     # (..., B) float32
@@ -120,7 +142,21 @@ class Replay:
     """Transitions of one or several data sets on one device; a batch takes a fixed share of each group.
 
     Attributes: `codec` of the actions, `state_dim` S, `texts` the G sentences, `encodings` (G, E), `shares` and `sizes`
-    of the groups, `encoder`, `whitening`, `device`. `ValueError` says what does not fit."""
+    of the groups, `encoder`, `whitening`, `device`. `ValueError` says what does not fit.
+
+    Parameters
+    ----------
+    imagined_fraction
+        share of a batch that is imagined
+    fractions
+        or: share of a batch from each data set; pooled if neither
+    weights
+        for each data set None, or how much its rollouts count, (B,)
+    encoder
+        the default sentence encoder if not given
+    whitening
+        applied to the encodings; a trained policy has it inside
+    """
     def __init__(self,
                  datasets: Rollouts | Sequence[Rollouts],
                  imagined_fraction: float | None = None,  # share of a batch that is imagined
@@ -163,7 +199,13 @@ class Replay:
         return self.encodings.shape[1]
 
     def digest(self) -> str: # 24 hex digits
-        "Its identity: data sets, shares, weights, encoder and whitening, by what they are made of."
+        """Its identity: data sets, shares, weights, encoder and whitening, by what they are made of.
+
+        Returns
+        -------
+        str
+            24 hex digits
+        """
         return self._digest
 
     def __repr__(self) -> str:
@@ -211,7 +253,20 @@ def draw(self: Replay,
          steps: int,                            # batches for so many steps at once, as so many calls would give
          generators: Sequence[torch.Generator]  # n of them, on the CPU: one a seed
         ) -> Tensor:                            # (steps, n, B) rows of the replay
-    "Uniform within a group, with replacement; a batch has its groups in their order."
+    """Uniform within a group, with replacement; a batch has its groups in their order.
+
+    Parameters
+    ----------
+    steps
+        batches for so many steps at once, as so many calls would give
+    generators
+        n of them, on the CPU: one a seed
+
+    Returns
+    -------
+    Tensor
+        (steps, n, B) rows of the replay
+    """
     counts = torch.tensor(self.counts(batch_size))
     size = torch.tensor(self.sizes)
     low = (size.cumsum(0) - size).repeat_interleave(counts)
@@ -243,7 +298,13 @@ def synthetic_replay(encoding_dim: int,              # E
                      seed: int = 0,
                      codec: Actions = DiscreteActions(40),
                      state_dim: int = 10) -> Replay:
-    "Random transitions of rollouts of length 5, for random encodings of 80 sentences; all real."
+    """Random transitions of rollouts of length 5, for random encodings of 80 sentences; all real.
+
+    Parameters
+    ----------
+    encoding_dim
+        E
+    """
     rng, n = numpy_rng(seed, "synthetic"), transitions // 5
     goals = [Goal(f"sentence {i}") for i in range(80)]
     vectors = {g.text: rng.normal(size=encoding_dim) for g in goals}

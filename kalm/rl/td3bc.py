@@ -30,27 +30,77 @@ def td3bc_actor_loss(values: Tensor,  # (..., B) Q of the actor's actions
                      alpha: float = 2.5, # how much values count against imitation
                      weights: Tensor | float = 1. # (..., B) how much each row counts
                     ) -> tuple[Tensor, Tensor]: # (...) loss, (...) imitation
-    "-alpha * Q / mean |Q| + mean squared distance from the data's actions."
+    """-alpha * Q / mean |Q| + mean squared distance from the data's actions.
+
+    Parameters
+    ----------
+    values
+        (..., B) Q of the actor's actions
+    actions
+        (..., B, k) the actor's, -1 to 1
+    data
+        (..., B, k) the data's, -1 to 1
+    alpha
+        how much values count against imitation
+    weights
+        (..., B) how much each row counts
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (...) loss, (...) imitation
+    """
     scale = values.detach().abs().mean(-1, keepdim=True).clamp_min(1e-6)
     imitation = (weights * (actions - data).square().mean(-1)).mean(-1)
     return -(weights * alpha * values / scale).mean(-1) + imitation, imitation
 
 # %% ../../nbs/rl/70_td3bc.ipynb #c07790a4
 def smoothed(actions: Tensor, noise: Tensor, std: float = .2, most: float = .5) -> Tensor: # (..., k) -1 to 1
-    "Actions with clipped normal noise, kept in the box."
+    """Actions with clipped normal noise, kept in the box.
+
+    Returns
+    -------
+    Tensor
+        (..., k) -1 to 1
+    """
     return (actions + (std * noise).clamp(-most, most)).clamp(-1, 1)
 
 
 def td3_target(rewards: Tensor, bootstrap: Tensor, # (..., B) both; bootstrap 0 where nothing follows
                values: Tensor,                     # (2, ..., B) of both critics
                discount: float = .99) -> Tensor:   # (..., B)
-    "r + discount * the lower value, without the second term where nothing follows."
+    """r + discount * the lower value, without the second term where nothing follows.
+
+    Parameters
+    ----------
+    rewards, bootstrap
+        (..., B) both; bootstrap 0 where nothing follows
+    values
+        (2, ..., B) of both critics
+
+    Returns
+    -------
+    Tensor
+        (..., B)
+    """
     return rewards + discount * bootstrap * values.amin(0)
 
 # %% ../../nbs/rl/70_td3bc.ipynb #0958334f
 @dataclass(frozen=True)
 class TD3BCLoss:
-    "One step, batch means (n,); NaN for the actor in steps that leave it alone."
+    """One step, batch means (n,); NaN for the actor in steps that leave it alone.
+
+    Parameters
+    ----------
+    loss
+        squared error of both critics, summed
+    q
+        Q of the data's actions, mean of the critics
+    actor
+        what the actor minimises
+    imitation
+        mean squared distance of the actor's actions from the data's
+    """
     loss: Tensor       # squared error of both critics, summed
     q: Tensor          # Q of the data's actions, mean of the critics
     actor: Tensor      # what the actor minimises
@@ -117,7 +167,21 @@ def _actor_step(self: _TD3BCLearner, batch: Batch, data: Tensor) -> tuple[Tensor
 # %% ../../nbs/rl/70_td3bc.ipynb #9d59d134
 @dataclass(frozen=True)
 class TD3BC:
-    "TD3+BC for continuous actions; its authors' settings are the defaults."
+    """TD3+BC for continuous actions; its authors' settings are the defaults.
+
+    Parameters
+    ----------
+    alpha
+        how much values count against imitation
+    tau
+        share by which slow copies move
+    noise
+        std of the noise on the target's actions, -1 to 1 being the box
+    most_noise
+        where it is clipped
+    actor_every
+        steps between moves of the actor and of the slow copies
+    """
     batch_size: int = 256
     lr: float = 3e-4
     alpha: float = 2.5        # how much values count against imitation

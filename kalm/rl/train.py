@@ -29,7 +29,21 @@ class Learner:
     """Networks and optimisers of n seeds side by side, and what one step does with a batch.
 
     A subclass writes `update`. Everything that a later step depends on lives in `networks` (target networks and learned
-    numbers too), `optimisers`, `generators` and `steps`; from these alone a run resumes exactly."""
+    numbers too), `optimisers`, `generators` and `steps`; from these alone a run resumes exactly.
+
+    Parameters
+    ----------
+    networks
+        by name; the policy's is a GoalMLPs
+    optimisers
+        by name
+    policy_network
+        which network acts
+    head
+        what its outputs mean, see `kalm.rl.policy.HEADS`
+    generators
+        CPU streams of noise, one a seed
+    """
     def __init__(self,
                  networks: Mapping[str, nn.Module],               # by name; the policy's is a GoalMLPs
                  optimisers: Mapping[str, torch.optim.Optimizer], # by name
@@ -74,7 +88,13 @@ def minimise(self: Learner, name: str, losses: Tensor) -> None:
 
 @patch
 def normal(self: Learner, name: str, *shape: int) -> Tensor: # (n, *shape) on the policy's device
-    "Standard normal numbers from the streams `name`, each seed's from its own."
+    """Standard normal numbers from the streams `name`, each seed's from its own.
+
+    Returns
+    -------
+    Tensor
+        (n, *shape) on the policy's device
+    """
     rows = torch.stack([torch.randn(shape, generator=g) for g in self.generators[name]])
     return rows.to(self.device)
 
@@ -84,7 +104,15 @@ def goal_mlps(replay: Replay,
               outputs: int,
               inputs: int | None = None,       # the state's width if not given
               hidden: int = 256) -> GoalMLPs:
-    "A fresh network for each stream, side by side on the replay's device."
+    """A fresh network for each stream, side by side on the replay's device.
+
+    Parameters
+    ----------
+    rngs
+        for the initial weights, one a seed
+    inputs
+        the state's width if not given
+    """
     inputs = replay.state_dim if inputs is None else inputs
     nets = [GoalMLP(replay.encoding_dim, inputs, outputs, hidden, rng) for rng in rngs]
     return GoalMLPs(nets, fast_dtype(replay.device)).to(replay.device)
@@ -134,7 +162,17 @@ def _set_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
 # %% ../../nbs/rl/40_train.ipynb #16c10b30
 @dataclass(frozen=True)
 class Every:
-    "How often things happen, in gradient steps. `ValueError` below 1."
+    """How often things happen, in gradient steps. `ValueError` below 1.
+
+    Parameters
+    ----------
+    log
+        a row of the curve: means over the steps since the last one
+    checkpoint
+        a checkpoint, with the first row of the curve that is due then
+    callback
+        only at the end if not given
+    """
     log: int = 500              # a row of the curve: means over the steps since the last one
     checkpoint: int = 5000      # a checkpoint, with the first row of the curve that is due then
     callback: int | None = None # only at the end if not given
@@ -265,7 +303,28 @@ def train(algorithm,                        # settings with `name`, `batch_size`
          ) -> Policy | list[Policy]:        # a list for several seeds; `.step` is below `steps` if time ran out
     """Train on batches of `replay`; continues exactly what an earlier call in `out` left.
 
-    `ValueError` for a folder of another training, `RuntimeError` for a loss that is not finite."""
+    `ValueError` for a folder of another training, `RuntimeError` for a loss that is not finite.
+
+    Parameters
+    ----------
+    algorithm
+        settings with `name`, `batch_size`, `learner(replay, seeds)`, such as BC()
+    steps
+        gradient steps in all, those of an earlier call in `out` included
+    seed
+        several: a policy each, trained side by side
+    out
+        folder for curve.csv, checkpoint and policy; with several seeds each has its curve and policy in a folder beside it, OUT-SEED
+    max_minutes
+        stop cleanly at a row of the curve after this long
+    callback
+        called as callback(policy or list of policies, step)
+
+    Returns
+    -------
+    Policy | list[Policy]
+        a list for several seeds; `.step` is below `steps` if time ran out
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1")
     began, job = time.monotonic(), _Training(algorithm, replay, seed, out, every)

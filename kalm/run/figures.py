@@ -24,7 +24,13 @@ __all__ = ['FRAMES', 'policy_curves', 'imagined_strip', 'lost_strip', 'figures_s
 
 # %% ../../nbs/run/60_figures.ipynb #e93d64db
 def policy_curves(run: Run) -> dict[str, dict[str, list]]: # algorithm -> name of a curve -> rows of each seed
-    "The learning curves of a run. A policy for one level is called `bc+kalm easy`."
+    """The learning curves of a run. A policy for one level is called `bc+kalm easy`.
+
+    Returns
+    -------
+    dict[str, dict[str, list]]
+        algorithm -> name of a curve -> rows of each seed
+    """
     found: dict[str, dict[str, list]] = {}
     for path in sorted((run.out/"policies").glob("*/curve.csv")):
         job, _, _ = path.parent.name.rpartition("-")   # the seed comes last
@@ -57,7 +63,15 @@ def imagined_strip(run: Run, level: str):
 
 def lost_strip(run: Run, path: Path,  # of recorded episodes
                most: int = 3):        # episodes
-    "The first episodes that missed their goal; None if all met it."
+    """The first episodes that missed their goal; None if all met it.
+
+    Parameters
+    ----------
+    run, path
+        of recorded episodes
+    most
+        episodes
+    """
     episodes = Rollouts.load(path)
     lost = np.flatnonzero(~episodes.success)[:most]
     return film_strip(run.domain, episodes[lost], most=FRAMES) if len(lost) else None

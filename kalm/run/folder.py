@@ -90,7 +90,15 @@ class Stopped(Exception):
 
 
 class Run:
-    "A run folder with its preset, domain, clock and messages. `ValueError` if another run's settings are there."
+    """A run folder with its preset, domain, clock and messages. `ValueError` if another run's settings are there.
+
+    Parameters
+    ----------
+    spec
+        a domain's name, package.module:object, or a domain itself
+    max_minutes
+        stop cleanly at a checkpoint after this long
+    """
     def __init__(self, preset: Preset,
                  spec: str | Domain,              # a domain's name, package.module:object, or a domain itself
                  out: str | Path,

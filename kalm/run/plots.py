@@ -78,7 +78,20 @@ _NOTHING = dict(source="", model="", success={}, match={})
 def published_for(rows: Sequence[dict],  # of results.csv
                   paper: bool = True     # False: as if nothing were published
                  ) -> dict:              # source, model, success (method -> level -> %), match (level -> %)
-    "What the paper published about the domain of these rows; empty if nothing. `ValueError` for rows of two domains."
+    """What the paper published about the domain of these rows; empty if nothing. `ValueError` for rows of two domains.
+
+    Parameters
+    ----------
+    rows
+        of results.csv
+    paper
+        False: as if nothing were published
+
+    Returns
+    -------
+    dict
+        source, model, success (method -> level -> %), match (level -> %)
+    """
     names = sorted({r.get("domain", "") for r in rows})
     if len(names) > 1:
         raise ValueError(f"rows of {len(names)} domains ({', '.join(names)}): choose those of one")
@@ -150,7 +163,19 @@ def results_table(rows: Sequence[dict],                # of results.csv, from on
                   paper: bool = True,                  # the published value in brackets
                   plain: bool = False                  # for a terminal instead of Markdown
                  ) -> str:
-    "Success in % with 95 % intervals; methods down, levels across; below it what the numbers rest on."
+    """Success in % with 95 % intervals; methods down, levels across; below it what the numbers rest on.
+
+    Parameters
+    ----------
+    rows
+        of results.csv, from one run
+    levels
+        all that occur if not given
+    paper
+        the published value in brackets
+    plain
+        for a terminal instead of Markdown
+    """
     rows = _whole_levels(rows)
     methods, levels, theirs = methods_in(rows), _chosen(rows, levels), published_for(rows, paper)
     found = {m: {level: pooled(rows, m, level) for level in levels} for m in methods}
@@ -187,7 +212,17 @@ def _handles(ax, first: Sequence[str]) -> tuple[list, list[str]]:
 def success_bars(rows: Sequence[dict],                # of results.csv, from one run
                  levels: Sequence[str] | None = None, # all that occur if not given
                  paper: bool = True):                 # with the published values
-    "Success by level and method with 95 % intervals; dots are seeds, diamonds the paper's values."
+    """Success by level and method with 95 % intervals; dots are seeds, diamonds the paper's values.
+
+    Parameters
+    ----------
+    rows
+        of results.csv, from one run
+    levels
+        all that occur if not given
+    paper
+        with the published values
+    """
     rows = _whole_levels(rows)
     methods, levels, theirs = methods_in(rows), _chosen(rows, levels), published_for(rows, paper)
     found = {(m, i): pooled(rows, m, level) for m in methods for i, level in enumerate(levels)}
@@ -278,7 +313,17 @@ def curves(runs: Mapping[str, list] | list,      # name -> rows of a CSV file, o
            y: str | Sequence[str] = ("loss",),   # columns, one panel each
            x: str = "step",
            smooth: int = 1):                     # points that a smoothed value averages
-    "Learning curves: mean over seeds with the range from lowest to highest; raw means stay visible behind smooth ones."
+    """Learning curves: mean over seeds with the range from lowest to highest; raw means stay visible behind smooth ones.
+
+    Parameters
+    ----------
+    runs
+        name -> rows of a CSV file, or a list of such, one a seed; or rows
+    y
+        columns, one panel each
+    smooth
+        points that a smoothed value averages
+    """
     given = runs if isinstance(runs, Mapping) else {"": runs}
     seeds = {name: found for name, curve in given.items() if (found := _seeds_of(curve))}
     if not seeds:
@@ -299,7 +344,13 @@ def curves(runs: Mapping[str, list] | list,      # name -> rows of a CSV file, o
 # %% ../../nbs/run/50_plots.ipynb #ee86b55e
 def by_checkpoint(rows: Sequence[dict], method: str, level: str
                  ) -> tuple[np.ndarray, np.ndarray]:   # gradient steps (n,); success there, shares (seeds, n)
-    "Success at the gradient steps at which all seeds of a method were evaluated; (0,) and (0, 0) if there are none."
+    """Success at the gradient steps at which all seeds of a method were evaluated; (0,) and (0, 0) if there are none.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        gradient steps (n,); success there, shares (seeds, n)
+    """
     seeds: dict[int, list[dict]] = {}
     for r in rows:
         if (r["method"], r["level"], r.get("kind", "")) == (method, level, ""):
@@ -327,7 +378,15 @@ def _thousands(value: float, _=None) -> str:
 # %% ../../nbs/run/50_plots.ipynb #bbaac2d2
 def success_curves(rows: Sequence[dict],                 # of results.csv, from one run
                    levels: Sequence[str] | None = None): # all that occur if not given
-    "Success over gradient steps: mean over seeds, one standard deviation each way; dotted: methods that do not train."
+    """Success over gradient steps: mean over seeds, one standard deviation each way; dotted: methods that do not train.
+
+    Parameters
+    ----------
+    rows
+        of results.csv, from one run
+    levels
+        all that occur if not given
+    """
     rows = _whole_levels(rows)
     methods, levels = methods_in(rows), _chosen(rows, levels)
     colour = colours(methods)
@@ -403,7 +462,17 @@ def _error_bars(ax, data: Mapping[str, dict], colour: Mapping[str, str], unit: s
 def quality_bars(measures: Mapping[str, object],  # name -> Quality, or its fields (and `explanation`, if wanted)
                  published: float | None = None,  # the paper's match, %, such as PUBLISHED["clevr"]["match"]["easy"]
                  unit: str = "state units"):      # of the step error
-    "Measures of imagined rollouts side by side: shares with 95 % intervals, and the step error where it is known."
+    """Measures of imagined rollouts side by side: shares with 95 % intervals, and the step error where it is known.
+
+    Parameters
+    ----------
+    measures
+        name -> Quality, or its fields (and `explanation`, if wanted)
+    published
+        the paper's match, %, such as PUBLISHED["clevr"]["match"]["easy"]
+    unit
+        of the step error
+    """
     data = {name: _measures(name, given) for name, given in measures.items()}
     if not data:
         raise ValueError("no measures: expected a dictionary of name -> Quality")
@@ -424,7 +493,13 @@ def quality_bars(measures: Mapping[str, object],  # name -> Quality, or its fiel
 
 # %% ../../nbs/run/50_plots.ipynb #837df259
 def length_histogram(lengths: Mapping[str, np.ndarray]): # name -> (B,) steps
-    "Shares of rollout lengths, one line a data set."
+    """Shares of rollout lengths, one line a data set.
+
+    Parameters
+    ----------
+    lengths
+        name -> (B,) steps
+    """
     data = {name: np.asarray(v) for name, v in lengths.items()}
     if not data:
         raise ValueError("no lengths: expected a dictionary of name -> lengths")

@@ -41,7 +41,15 @@ __all__ = ['ACTED', 'Job', 'jobs', 'judged_on', 'datasets', 'replay_of', 'whiten
 # %% ../../nbs/run/40_policies.ipynb #3a2571dc
 @dataclass(frozen=True)
 class Job:
-    "An algorithm and the data it learns from."
+    """An algorithm and the data it learns from.
+
+    Parameters
+    ----------
+    source
+        "": real rollouts alone; "kalm": with imagined ones; "oracle": with an expert's
+    levels
+        whose imagined (or oracle) rollouts
+    """
     training: Training
     source: str = ""          # "": real rollouts alone; "kalm": with imagined ones; "oracle": with an expert's
     levels: tuple = ()        # whose imagined (or oracle) rollouts
@@ -124,7 +132,13 @@ def kept_steps(p: Preset, training: Training) -> list[int]:
 
 def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at this `time.time()`
              ) -> int:
-    "Train the policies of one job; the step they reached, 0 if there was no time to begin."
+    """Train the policies of one job; the step they reached, 0 if there was no time to begin.
+
+    Parameters
+    ----------
+    run, job, until
+        stop cleanly at this `time.time()`
+    """
     if until is not None and time.time() >= until:
         return 0
     p, training = run.preset, job.training
@@ -203,7 +217,13 @@ def load_policy(folder: str | Path) -> Policy:
 # %% ../../nbs/run/40_policies.ipynb #33a209ee
 @dataclass(frozen=True)
 class Row:
-    "A row that a whole `results.csv` has."
+    """A row that a whole `results.csv` has.
+
+    Parameters
+    ----------
+    folder
+        of the policy; empty for methods without one
+    """
     method: str
     level: str
     seed: int

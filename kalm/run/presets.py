@@ -25,14 +25,28 @@ __all__ = ['CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'PRE
 # %% ../../nbs/run/10_presets.ipynb #745a67dd
 @dataclass(frozen=True)
 class Training:
-    "An offline RL algorithm and how long it trains."
+    """An offline RL algorithm and how long it trains.
+
+    Parameters
+    ----------
+    steps
+        gradient steps
+    """
     algorithm: BC | CQL | TD3BC
     steps: int                       # gradient steps
 
 # %% ../../nbs/run/10_presets.ipynb #e72c56e7
 @dataclass(frozen=True)
 class Imagined:
-    "What is imagined for one level."
+    """What is imagined for one level.
+
+    Parameters
+    ----------
+    tries
+        imaginations that a rollout gets until it passes the round trip; 0: not filtered
+    parts
+        whether goals are taken apart and imagined one part after the other
+    """
     rollouts: int
     tries: int = 0        # imaginations that a rollout gets until it passes the round trip; 0: not filtered
     parts: bool = False   # whether goals are taken apart and imagined one part after the other
@@ -40,7 +54,21 @@ class Imagined:
 # %% ../../nbs/run/10_presets.ipynb #da2cc109
 @dataclass(frozen=True)
 class Mixing:
-    "How real and imagined rollouts become one replay."
+    """How real and imagined rollouts become one replay.
+
+    Parameters
+    ----------
+    last_steps
+        last steps kept of each real rollout; 0 keeps all
+    augment
+        copies of these by the domain's symmetries; 0 makes none
+    imagined_fraction
+        of a batch, where anything is imagined
+    whitening
+        of sentence encodings, see `kalm.rl.encoder.Whitening`
+    policy_per_level
+        train one policy for each novel level, as the paper does, or one for all
+    """
     last_steps: int = 0             # last steps kept of each real rollout; 0 keeps all
     augment: int = 0                # copies of these by the domain's symmetries; 0 makes none
     imagined_fraction: float = .5   # of a batch, where anything is imagined
@@ -50,7 +78,33 @@ class Mixing:
 # %% ../../nbs/run/10_presets.ipynb #c542da13
 @dataclass(frozen=True)
 class Preset:
-    "Everything that decides a run."
+    """Everything that decides a run.
+
+    Parameters
+    ----------
+    about
+        what it is for, in a line
+    rollouts
+        real ones collected
+    rl_rollouts
+        of which the first so many go to offline RL
+    imagined
+        level -> what is imagined for it
+    shipped
+        use the checkpoint that ships for the domain instead of grounding one
+    imagine_steps
+        longest imagined rollout
+    behaviour
+        of the real rollouts; the domain's default if not given
+    seeds
+        policies of each algorithm and data set
+    episodes
+        a level, policy and checkpoint
+    checkpoints
+        how many of the last tenths of training are evaluated
+    baselines
+        "oracle": expert rollouts in place of imagined ones; "lm": the grounded model as the policy; "lm-bc": the backbone cloned as a policy alone
+    """
     name: str
     about: str                               # what it is for, in a line
     rollouts: int                            # real ones collected

@@ -29,7 +29,13 @@ __all__ = ['WIDTH', 'HEIGHT', 'largest', 'draw_numbers', 'draw_step', 'succeeded
 
 # %% ../../nbs/run/55_strips.ipynb #f7c72825
 def largest(rollouts: Sequence[Rollout]) -> np.ndarray: # (S,)
-    "The largest absolute value of each coordinate; 1 where all are zero."
+    """The largest absolute value of each coordinate; 1 where all are zero.
+
+    Returns
+    -------
+    np.ndarray
+        (S,)
+    """
     most = np.max([np.abs(r.states).max(0) for r in rollouts], 0)
     return np.where(most > 0, most, 1.)
 
@@ -38,7 +44,17 @@ def draw_numbers(ax, state: np.ndarray,       # (S,)
                  before: np.ndarray | None,   # (S,) one step earlier
                  scale: np.ndarray            # (S,) what a bar of full height stands for
                 ) -> None:
-    "A state as bars, one a coordinate."
+    """A state as bars, one a coordinate.
+
+    Parameters
+    ----------
+    ax, state
+        (S,)
+    before
+        (S,) one step earlier
+    scale
+        (S,) what a bar of full height stands for
+    """
     n = len(state)
     ax.bar(range(n), state / scale, .8, color="#56B4E9")
     if before is not None:
@@ -56,7 +72,15 @@ def draw_step(domain: Domain, ax, rollout: Rollout,
               t: int,            # which state, 0 to the rollout's length
               scale: np.ndarray  # (S,) for states that are drawn as bars
              ) -> None:
-    "A state with the action that is taken there; the last one with the change that led to it."
+    """A state with the action that is taken there; the last one with the change that led to it.
+
+    Parameters
+    ----------
+    t
+        which state, 0 to the rollout's length
+    scale
+        (S,) for states that are drawn as bars
+    """
     state, before = rollout.states[t], rollout.states[t - 1] if t else None
     if not hasattr(domain, "draw"):
         return draw_numbers(ax, state, before, scale)
@@ -233,14 +257,30 @@ def film_strip(domain: Domain,
                rollouts: Rollout | Rollouts | Sequence[Rollout],  # a row each
                notes: str | Sequence[str] = "",                   # below: an explanation, a remark
                most: int = 6):                                    # frames a row, evenly picked
-    "Rollouts as rows of frames from left to right, their goals above, success at the end."
+    """Rollouts as rows of frames from left to right, their goals above, success at the end.
+
+    Parameters
+    ----------
+    rollouts
+        a row each
+    notes
+        below: an explanation, a remark
+    most
+        frames a row, evenly picked
+    """
     found = _listed(domain, rollouts)
     notes = _one_each(notes, len(found))
     return lay_out(domain, [_told_row(domain, r, evenly(len(r), most), note) for r, note in zip(found, notes)])
 
 # %% ../../nbs/run/55_strips.ipynb #61b5ef55
 def apart(domain: Domain, a: np.ndarray, b: np.ndarray) -> np.ndarray: # (n,)
-    "Mean distance between states (n, S), part by part, in the states' unit."
+    """Mean distance between states (n, S), part by part, in the states' unit.
+
+    Returns
+    -------
+    np.ndarray
+        (n,)
+    """
     limits = getattr(domain, "limits", None)
     parts = limits.parts if limits is not None and limits.parts else (range(a.shape[1]),)
     return np.mean([np.linalg.norm(a[:, list(part)] - b[:, list(part)], axis=1) for part in parts], 0)
@@ -266,7 +306,19 @@ def compare_strip(domain: Domain,
                   real: Rollouts | None = None,    # after the same actions; replayed in the domain if not given
                   notes: str | Sequence[str] = "", # below: an explanation, a remark
                   most: int = 6):                  # frames a row, evenly picked
-    "Imagined rollouts above what really happens under the same actions, with the distance between them."
+    """Imagined rollouts above what really happens under the same actions, with the distance between them.
+
+    Parameters
+    ----------
+    imagined
+        a pair of rows each
+    real
+        after the same actions; replayed in the domain if not given
+    notes
+        below: an explanation, a remark
+    most
+        frames a row, evenly picked
+    """
     dreamt = _listed(domain, imagined)
     if real is None and isinstance(imagined, Rollout):
         imagined = Rollouts.from_list([imagined])
@@ -280,7 +332,18 @@ def compare_strip(domain: Domain,
 def rollout_frames(domain: Domain, rollout: Rollout,
                    size: tuple[int, int] = (240, 320)  # height, width in pixels
                   ) -> np.ndarray:                     # (t+1, H, W, 3) uint8
-    "Pictures of a rollout, one a state."
+    """Pictures of a rollout, one a state.
+
+    Parameters
+    ----------
+    size
+        height, width in pixels
+
+    Returns
+    -------
+    np.ndarray
+        (t+1, H, W, 3) uint8
+    """
     [rollout] = _listed(domain, rollout)
     scale, out = largest([rollout]), []
     place = (0, 0, 1, 1) if hasattr(domain, "draw") else (.12, .12, .85, .85)
@@ -299,7 +362,17 @@ def gif(frames: np.ndarray,   # (N, H, W, 3) uint8
         path: str | Path,     # written whole or not at all
         fps: float = 2.       # pictures a second
        ) -> None:
-    "Write a GIF that repeats for ever. `ValueError` for what is no row of pictures."
+    """Write a GIF that repeats for ever. `ValueError` for what is no row of pictures.
+
+    Parameters
+    ----------
+    frames
+        (N, H, W, 3) uint8
+    path
+        written whole or not at all
+    fps
+        pictures a second
+    """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames) or frames.dtype != np.uint8:
         raise ValueError(f"frames: {frames.dtype} of shape {frames.shape}: expected uint8 (N, H, W, 3), N at least 1")

@@ -52,7 +52,13 @@ def save_tensors(path: str | Path,
                  tensors: dict[str, Tensor],
                  metadata: dict[str, str] | None = None # into the header of the file
                 ) -> None:
-    "Write tensors as safetensors, atomically, with a SHA-256 beside them."
+    """Write tensors as safetensors, atomically, with a SHA-256 beside them.
+
+    Parameters
+    ----------
+    metadata
+        into the header of the file
+    """
     path = Path(path)
     side = path.with_name(path.name + ".sha256")
     old = side.read_text().split()[:1] if side.exists() else []
@@ -78,7 +84,13 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
 def read_header(path: str | Path,
                 format: str  # what kind of file it has to be
                ) -> dict:
-    "The JSON under `kalm` in a safetensors header; `ValueError` if the file is damaged or of another kind."
+    """The JSON under `kalm` in a safetensors header; `ValueError` if the file is damaged or of another kind.
+
+    Parameters
+    ----------
+    format
+        what kind of file it has to be
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -107,7 +119,15 @@ def save_state(path: str | Path,
                about: dict,  # JSON: how far the training is, what it was asked for
                format: str   # kind of file, for `load_state`
               ) -> None:
-    "Everything that a training continues from, in one atomic file with a checksum of its tensors."
+    """Everything that a training continues from, in one atomic file with a checksum of its tensors.
+
+    Parameters
+    ----------
+    about
+        JSON: how far the training is, what it was asked for
+    format
+        kind of file, for `load_state`
+    """
     # cloned, since safetensors refuses tensors that share memory
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     header = dict(about, format=format, tensors=digest_of_tensors(kept))
