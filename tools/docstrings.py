@@ -53,7 +53,8 @@ def _parameters(f: ast.FunctionDef, comments: dict) -> list[tuple[str, str]]:
     stars = {id(f.args.vararg): "*", id(f.args.kwarg): "**"}
     last = f.body[0].lineno - 1
     ends = f.returns.lineno if f.returns else last + 1
-    return _beside([(a.lineno, stars.get(id(a), "") + a.arg) for a in args], comments, ends, last)
+    names = [(a.lineno, stars.get(id(a), "") + a.arg, a.annotation and ast.unparse(a.annotation)) for a in args]
+    return _beside(names, comments, ends, last)
 
 
 def _fields(c: ast.ClassDef, comments: dict) -> list[tuple[str, str]]:
@@ -62,13 +63,19 @@ def _fields(c: ast.ClassDef, comments: dict) -> list[tuple[str, str]]:
     if not fields:
         return []
     after = [n.lineno for n in c.body if n.lineno > fields[-1].lineno]
-    return _beside([(n.lineno, n.target.id) for n in fields], comments, 0, min(after, default=c.end_lineno + 1) - 1)
+    return _beside([(n.lineno, n.target.id, None) for n in fields], comments, 0, min(after, default=c.end_lineno + 1) - 1)
 
 
-def _beside(names: list[tuple[int, str]], comments: dict, returns: int, last: int) -> list[tuple[str, str]]:
-    "Comments from the first name's line to `last`; a line with a comment alone goes on with the one before."
+def _beside(names: list[tuple], comments: dict, returns: int, last: int) -> list[tuple[str, str]]:
+    """Comments from the first name's line to `last`; a line with a comment alone goes on with the one before.
+
+    A comment is about the last name of its line, and about those before it that are of the same type."""
     entries, here, column = [], [], 0
-    starts = {line: [n for k, n in names if k == line and n not in ("self", "cls")] for line, _ in names}
+    starts = {line: [] for line, *_ in names}
+    for line, name, kind in names:
+        if name not in ("self", "cls"):
+            starts[line] = [*(n for n in starts[line] if n[1] == kind), (name, kind)]
+    starts = {line: [name for name, _ in found] for line, found in starts.items()}
     for line in range(names[0][0], last + 1) if names else ():
         if line in starts:
             here = starts[line]

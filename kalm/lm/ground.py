@@ -233,7 +233,7 @@ class RunFolder:
 
     Parameters
     ----------
-    out, request
+    request
         JSON; decides every number of the run
     writes
         whether this process does
@@ -390,7 +390,7 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
 
     Parameters
     ----------
-    domain, rollouts
+    rollouts
         real ones, of this domain
     out
         folder for log, state and model; a run that it holds is continued

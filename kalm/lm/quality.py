@@ -185,7 +185,7 @@ def perplexity(lm: KalmLM, texts: Sequence[str] | None = None, # held-out pages 
 
     Parameters
     ----------
-    lm, texts
+    texts
         held-out pages of Python's manual if not given
     words
         tokens in a passage

@@ -292,11 +292,11 @@ def ask_questions(writer: Writer, state: np.ndarray, # (S,)
 
     Parameters
     ----------
-    writer, state
+    state
         (S,)
     questions
         with answers
-    wording, weight
+    weight
         of the words of an answer
     """
     q = Sequence().say(writer.start("question", wording=wording)).show(state)

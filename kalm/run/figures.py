@@ -67,7 +67,7 @@ def lost_strip(run: Run, path: Path,  # of recorded episodes
 
     Parameters
     ----------
-    run, path
+    path
         of recorded episodes
     most
         episodes

@@ -136,7 +136,7 @@ def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at t
 
     Parameters
     ----------
-    run, job, until
+    until
         stop cleanly at this `time.time()`
     """
     if until is not None and time.time() >= until:

@@ -48,7 +48,7 @@ def draw_numbers(ax, state: np.ndarray,       # (S,)
 
     Parameters
     ----------
-    ax, state
+    state
         (S,)
     before
         (S,) one step earlier
