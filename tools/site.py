@@ -25,7 +25,7 @@ CSS = """
 .jp-RenderedImage img, .jp-RenderedHTMLCommon img { max-width: 100%; height: auto; }
 @media (max-width: 60em) { .highlight-ipynb pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
-DIRECTIVE = re.compile(r'<span class="c1">#\| ?(?:export|slow|gpu|hide|default_exp)[^<]*</span>\n?')  # nbdev's, for tools
+DIRECTIVE = re.compile(r'<span class="c1">#\| ?(?:export|slow|gpu|hide|default_exp)[^<]*</span>\n?')
 
 
 def title_of(path: Path) -> str:

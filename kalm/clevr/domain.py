@@ -13,7 +13,17 @@ import numpy as np
 
 from .physics import MAX_STEP, N_ACTIONS, TABLE, WALLS, ClevrSimulator
 from .expert import BEHAVIOURS, INSIDE
-from .goals import COMPASS_VECTORS, DIRECTIONS, LEVELS, TYPES, balls, goal_table, reward_rows, success_rows
+from kalm.clevr.goals import (
+    COMPASS_VECTORS,
+    DIRECTIONS,
+    LEVELS,
+    TYPES,
+    all_of,
+    balls,
+    goal_table,
+    reward_rows,
+    success_rows,
+)
 from .sentences import goal_set
 from .words import ClevrWords
 from ..core.domain import Domain, Features, Limits
@@ -144,6 +154,10 @@ class ClevrRobot(Domain):
     def symmetries(self, rollouts: Rollouts, n: int, seed: int = 0) -> Rollouts:
         "`n` copies that the physics cannot tell from the given rollouts."
         return symmetries(rollouts, n, seed)
+
+    def together(self, goals: Sequence[Goal], text: str) -> Goal:
+        "One goal that asks for several at once; `ValueError` for pushes, which no state tells."
+        return all_of(goals, text)
 
     def draw(self, ax, state: np.ndarray, before: np.ndarray | None = None, action: int | None = None,
              goal: Goal | None = None) -> None:

@@ -306,6 +306,7 @@ class Domain(Protocol):
     # optional:
     # at(goals, index, states) -> Simulator: episodes that stand, at rest, at given states (B, S)
     # symmetries(rollouts, n, seed) -> Rollouts: copies that the world cannot tell from the given ones
+    # together(goals, text) -> Goal: one goal that asks for several at once, in these words
     # draw(ax, state, before=None, action=None, goal=None): a picture of a state (S,) on matplotlib axes
     # action_words(action) -> str: an action in a few characters, for pictures
     # unit: str, of the numbers in a state, for labels

@@ -22,8 +22,8 @@ from .sequences import ARROW, MEANING, Writer
 from .model import STATE, TEXT, KalmLM
 
 # %% auto #0
-__all__ = ['NOT_UNDERSTOOD', 'Answer', 'Speaking', 'story', 'explain', 'caption', 'Meaning', 'meaning_prompt', 'meaning',
-           'round_trip', 'check_words', 'FilterScores', 'GoalEncoder']
+__all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'Answer', 'Speaking', 'story', 'explain', 'caption', 'Meaning', 'meaning_prompt',
+           'meaning', 'check_words', 'calibrate', 'round_trip', 'FilterScores', 'GoalEncoder']
 
 # %% ../../nbs/lm/70_explain.ipynb #83ac7887
 class Answer(NamedTuple):
@@ -187,6 +187,45 @@ def meaning(lm: KalmLM, texts: Sequence[str],
     said = work.run(batch_size, cached)
     return [Meaning(a.text if a.sure >= threshold else NOT_UNDERSTOOD, a.sure) for a in said]
 
+# %% ../../nbs/lm/70_explain.ipynb #7ba3e47c
+def check_words(domain: Domain, what: str) -> None:
+    "`ValueError` if `what` needs words and the domain has none."
+    if getattr(domain, "words", None) is None:
+        raise ValueError(f"{what}: domain {domain.name!r} has no words; leave it out, or give the domain words")
+
+# %% ../../nbs/lm/70_explain.ipynb #f10918dd
+EVERYDAY = (  # orders that no table, corridor or arm can carry out
+    "Make a snowman.", "Water the plants.", "Call my sister.", "Play some music.", "Bake a cake for tonight.",
+    "Write a letter to the bank.", "Turn off the lights.", "Feed the cat.", "Book a train to Vienna.", "Sing a song.",
+    "Tell me a joke.", "Read the newspaper.", "Fix my bicycle.", "Paint the fence.", "Learn French.",
+    "Order a pizza.", "Wash the dishes.", "Find my keys.", "Take the dog for a walk.", "Close the window, it is cold.",
+    "What time is it?", "How far is the moon?", "Who wrote Hamlet?", "Is it raining?", "Why is the sea salty?",
+    "Iron these shirts.", "Mow the lawn.", "Sharpen the pencils.", "Buy milk and eggs.", "Wake me at seven.")
+
+
+def calibrate(lm: KalmLM, domain: Domain, n: int = 60 # taught sentences to compare with
+             ) -> float: # a threshold for `meaning`
+    """How sure a model has to be of key words for its domain's sentences to pass, and everyday orders not to.
+
+    Parameters
+    ----------
+    n
+        taught sentences to compare with
+
+    Returns
+    -------
+    float
+        a threshold for `meaning`
+    """
+    check_words(domain, "calibrate")
+    taught = [goal.text for goal in domain.goals(domain.levels[0])]
+    ours = [m.sure for m in meaning(lm, [taught[i] for i in np.linspace(0, len(taught) - 1, n).astype(int)])]
+    others = [m.sure for m in meaning(lm, EVERYDAY)]
+    tried = sorted({0., *ours, *others})
+    worth = [np.mean([s >= t for s in ours]) - np.mean([s >= t for s in others]) for t in tried]
+    best = len(tried) - 1 - int(np.argmax(worth[::-1]))     # the highest of the best, and halfway down to the next
+    return float(np.mean(tried[max(0, best - 1):best + 1]))
+
 # %% ../../nbs/lm/70_explain.ipynb #066913da
 def round_trip(lm: KalmLM, rollouts: Rollouts, words: Words, batch_size: int = 128
               ) -> tuple[np.ndarray, list[str]]: # (B,) bool, what was said; empty where nothing was asked
@@ -212,12 +251,6 @@ def round_trip(lm: KalmLM, rollouts: Rollouts, words: Words, batch_size: int = 1
         taken = dict(zip(texts, meaning(lm, texts, batch_size=batch_size)))
         ok[explained] = [words.agree(taken[rollouts.texts[b]].words, said[b]) for b in explained]
     return ok, said.tolist()
-
-# %% ../../nbs/lm/70_explain.ipynb #63694a4c
-def check_words(domain: Domain, what: str) -> None:
-    "`ValueError` if `what` needs words and the domain has none."
-    if getattr(domain, "words", None) is None:
-        raise ValueError(f"{what}: domain {domain.name!r} has no words; leave it out, or give the domain words")
 
 # %% ../../nbs/lm/70_explain.ipynb #57461783
 @dataclass(frozen=True)

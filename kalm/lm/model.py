@@ -106,6 +106,7 @@ class KalmLM(nn.Module):
         self.backbone, self.tokenizer, self.name = backbone, tokenizer, name
         self.state_dim, self.codec, self.features_spec = spec.state_dim, spec.codec, spec.features
         self.hidden, self.prompts, self.domain = spec.hidden, spec.prompts, spec.domain
+        self.sure: float | None = None                # see `kalm.lm.explain.calibrate`
         self.weights_id, self.adapter = weights_id(backbone), None
         self.begin = beginning_of_text(tokenizer)     # token ids that every sequence begins with, often none
         self.windows = attention_windows(backbone)    # kind of layer -> how far back it sees
@@ -371,7 +372,7 @@ def header(self: KalmLM) -> dict:
                  scratch=getattr(self.backbone, "scratch", None), domain=self.domain, state_dim=self.state_dim,
                  actions=self.codec.spec(), features=asdict(self.features_spec), hidden=self.hidden,
                  adapter=self.adapter and asdict(self.adapter), normaliser=asdict(self.normaliser),
-                 prompts=self.prompts)
+                 prompts=self.prompts, sure=self.sure)
     return json.loads(json.dumps(about))  # lists for tuples
 
 
@@ -420,6 +421,7 @@ def _model_of(c: dict, folder: Path, backbone: str | None, dtype: torch.dtype) -
     lm = KalmLM(model, tokenizer, name, state_dim=c["state_dim"], codec=actions_from_spec(c["actions"]),
                 features=Features(**c["features"]), hidden=c["hidden"], prompts=c["prompts"], domain=c["domain"])
     lm.normalise(Normaliser(**c["normaliser"]))
+    lm.sure = c.get("sure")
     return lm.adapt(Adapter(**c["adapter"])) if c["adapter"] else lm
 
 

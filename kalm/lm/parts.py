@@ -19,17 +19,27 @@ from .generate import Imagination, can_judge, check_request, generate, imagined,
 from .model import KalmLM
 
 # %% auto #0
-__all__ = ['parts_of', 'PartByPart', 'imagine_by_parts']
+__all__ = ['parts_of', 'named_goals', 'PartByPart', 'imagine_by_parts']
 
 # %% ../../nbs/lm/75_parts.ipynb #8995f732
 def parts_of(lm: KalmLM, domain: Domain, texts: Sequence[str], batch_size: int = 128) -> list[list[Goal]]:
     "For each sentence the taught goals that the model takes it to ask for, in order; none where it says anything else."
     check_words(domain, "parts=True")
-    taught = domain.goals(domain.levels[0])
-    known = {domain.words.meaning(g): g for g in reversed(taught)}
+    return [named_goals(domain, m.words) for m in meaning(lm, texts, max_tokens=32, batch_size=batch_size)]
+
+
+def named_goals(domain: Domain, words: str) -> list[Goal]: # in order; none where a part names no taught goal
+    """The taught goals that key words name, parts joined by `;`.
+
+    Returns
+    -------
+    list[Goal]
+        in order; none where a part names no taught goal
+    """
+    known = {domain.words.meaning(g): g for g in reversed(domain.goals(domain.levels[0]))}
     known.pop("", None)
-    said = [[p.strip() for p in m.words.split(";")] for m in meaning(lm, texts, max_tokens=32, batch_size=batch_size)]
-    return [[known[p] for p in dict.fromkeys(ps)] if all(p in known for p in ps) else [] for ps in said]
+    parts = dict.fromkeys(part.strip() for part in words.split(";"))
+    return [known[part] for part in parts] if all(part in known for part in parts) else []
 
 # %% ../../nbs/lm/75_parts.ipynb #67097063
 class PartByPart:
