@@ -10,7 +10,7 @@ from kalm.core.domain import Domain, judge_success
 from kalm.core.episodes import collect
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
-from kalm.lm.explain import FilterScores, caption, explain, meaning, round_trip
+from kalm.lm.explain import CONTRADICTS, FilterScores, caption, explain, meaning, round_trip
 from kalm.lm.imagine import imagine
 from kalm.lm.model import KalmLM
 from kalm.lm.quality import matches, perplexity, quality, repair_unreal
@@ -62,7 +62,7 @@ def of_filter(lm: KalmLM, d: Domain, level: str, n: int, seed: int, max_steps: i
     kw = dict(seed=seed, max_steps=max_steps, stop="done")
     done = imagine(lm, d, d.goals(level), n, **kw)
     good = dict(match=matches(done, d), replay=at_the_end(done, d))
-    passed, _ = round_trip(lm, done, d.words)
+    passed = round_trip(lm, done, d.words)[0] != CONTRADICTS
     row = {f"done_{k}": mean(g) for k, g in good.items()}
     for name, g in good.items():
         row |= {f"filter_{name}_{k}": v for k, v in asdict(FilterScores.of(passed, g)).items()}

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, python
 
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-MODULES = sorted(p for p in (ROOT / "kalm").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "kalm").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py"))
 WINGS = ("core", "tensors", "clevr", "lm", "rl", "run")
 
 

@@ -62,8 +62,8 @@ def _fields(c: ast.ClassDef, comments: dict) -> list[tuple[str, str]]:
     fields = [n for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     if not fields:
         return []
-    after = [n.lineno for n in c.body if n.lineno > fields[-1].lineno]
-    return _beside([(n.lineno, n.target.id, None) for n in fields], comments, 0, min(after, default=c.end_lineno + 1) - 1)
+    end = min((n.lineno for n in c.body if n.lineno > fields[-1].lineno), default=c.end_lineno + 1)
+    return _beside([(n.lineno, n.target.id, None) for n in fields], comments, 0, end - 1)
 
 
 def _beside(names: list[tuple], comments: dict, returns: int, last: int) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ def export(lib: Path) -> None:
         if ".ipynb_checkpoints" not in path.parts and "#| default_exp" in text:
             nb_export(path, lib_path=lib)
     for path in lib.rglob("*.py"):
-        if path.name not in ("__init__.py", "_modidx.py"):
+        if path.name not in ("__init__.py", "__main__.py", "_modidx.py"):
             path.write_text(with_parameters(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

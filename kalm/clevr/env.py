@@ -22,6 +22,7 @@ from kalm.clevr.physics import (
     Physics,
     check_actions,
     check_finite,
+    check_walls,
     draw_starts,
     judge,
     load_model,
@@ -33,6 +34,7 @@ from kalm.clevr.physics import (
 )
 from .render import draw_physics
 from ..core.goals import Goal
+from ..core.settings import whole_number
 
 # %% auto #0
 __all__ = ['DEFAULT_GOAL', 'OBSERVATIONS', 'ClevrRobotEnv', 'ClevrRobotVectorEnv']
@@ -77,10 +79,7 @@ def _explicit(states=None, physics=None, shape: tuple = ()) -> np.ndarray | None
     x = check_finite(x, width, name)
     if x.shape != (*shape, width):
         raise ValueError(f"{name} of shape {x.shape}: expected {(*shape, width)}")
-    full = physics_of(x) if physics is None else x.copy()
-    xy = states_of(full)
-    if ((xy < np.tile(WALLS[0], 5)) | (xy > np.tile(WALLS[1], 5))).any():
-        raise ValueError(f"{name}: a ball's centre is outside the walls, {WALLS[0]} to {WALLS[1]} m")
+    full = check_walls(physics_of(x) if physics is None else x.copy(), name)
     turn = full[..., :35].reshape(*shape, 5, 7)[..., 3:]
     if (np.linalg.norm(turn, axis=-1) < 1e-3).any():
         raise ValueError("physics: a ball's orientation (numbers 3 to 6 of its seven) is zero: expected a unit "
@@ -185,8 +184,9 @@ class _Rows(VectorEnv):
         if seed is None:
             seeds = [None] * self.num_envs
         elif np.ndim(seed) == 0:
-            super().reset(seed=int(seed))
-            seeds = [int(seed) + i for i in range(self.num_envs)]
+            seed = whole_number("seed", seed)
+            super().reset(seed=seed)
+            seeds = [seed + i for i in range(self.num_envs)]
         else:
             seeds = list(seed)
         if len(seeds) != self.num_envs:

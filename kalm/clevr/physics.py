@@ -25,13 +25,14 @@ from .goals import DIRECTIONS, SUCCESS_REWARD, goal_table, reward_rows, success_
 from ..core.goals import Goal, check_index
 
 # %% auto #0
-__all__ = ['SUBSTEPS', 'REACH', 'REST_Z', 'N_PHYSICS', 'N_ACTIONS', 'AGENT_Q', 'START', 'APART', 'APART_AXIS', 'TRIES',
-           'ATTEMPTS', 'TABLE', 'WALLS', 'MAX_STEP', 'model_xml', 'load_model', 'states_of', 'physics_of',
-           'check_finite', 'load_physics', 'aim', 'push_ball', 'check_actions', 'Physics', 'initial_states',
-           'draw_starts', 'start_states', 'judge', 'ClevrSimulator']
+__all__ = ['SUBSTEPS', 'DURATION', 'REACH', 'REST_Z', 'N_PHYSICS', 'N_ACTIONS', 'AGENT_Q', 'START', 'APART', 'APART_AXIS',
+           'TRIES', 'ATTEMPTS', 'TABLE', 'WALLS', 'MAX_STEP', 'model_xml', 'load_model', 'states_of', 'physics_of',
+           'check_finite', 'check_walls', 'load_physics', 'aim', 'push_ball', 'check_actions', 'Physics',
+           'initial_states', 'draw_starts', 'start_states', 'judge', 'ClevrSimulator']
 
 # %% ../../nbs/clevr/30_physics.ipynb #b80dd7fd
 SUBSTEPS = 40       # timesteps of 0.01 s that one action takes
+DURATION = .4       # seconds that they are together
 REACH = 0.15        # metres from a ball's centre to where the agent starts its push, for a direction of length 1
 REST_Z = -0.195     # height of a ball's centre when it lies on the table, metres
 N_PHYSICS = 69      # qpos (37: five balls x [x y z qw qx qy qz], agent x y), then qvel (32)
@@ -122,6 +123,20 @@ def check_finite(x, width: int, name: str) -> np.ndarray: # (..., width) float64
 
 # %% ../../nbs/clevr/30_physics.ipynb #d20f03a1
 _OFFSETS = REACH * DIRECTIONS  # (8, 2) from where the agent starts to the ball's centre
+
+
+def check_walls(physics: np.ndarray, name: str = "states") -> np.ndarray: # (..., 69), as given
+    """`ValueError` for a ball whose centre is outside the walls: the simulator would put it elsewhere without a word.
+
+    Returns
+    -------
+    np.ndarray
+        (..., 69), as given
+    """
+    xy = states_of(physics)
+    if ((xy < np.tile(WALLS[0], 5)) | (xy > np.tile(WALLS[1], 5))).any():
+        raise ValueError(f"{name}: a ball's centre is outside the walls, {WALLS[0]} to {WALLS[1]} m")
+    return physics
 
 
 def load_physics(data, physics) -> None:
@@ -219,6 +234,8 @@ class Physics:
             rows = slice(low, low + 512)
             control = DIRECTIONS[direction[rows]][:, None]
             path, _ = self._pool().rollout(self.model, self._data, before[rows], control, nstep=SUBSTEPS)
+            if (np.abs(path[:, -1, 0] - DURATION) > 1e-6).any():   # the engine gave up and began anew
+                raise ValueError("physics that the simulator cannot carry on: expected balls at rest within the walls")
             after[rows] = path[:, -1, 1:]
         return after
 
@@ -349,7 +366,7 @@ class ClevrSimulator:
         self.goals, self.states = tuple(goals), np.array(states, np.float32)
         self.index = check_index(self.goals, index, len(self.states))
         self.seeds = np.full(len(self.index), -1) if seeds is None else np.asarray(seeds, np.int64)
-        self.engine, self.physics, self.first = Physics(threads), physics_of(self.states), self.states
+        self.engine, self.physics, self.first = Physics(threads), check_walls(physics_of(self.states)), self.states
         goal_table(self.goals)   # refuses foreign goals before the first step
 
     @classmethod

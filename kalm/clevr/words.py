@@ -87,7 +87,7 @@ def meaning(goal: Goal # of this domain
 
 
 def _task_meaning(task: dict) -> str:
-    if task["type"] == "all":
+    if task.get("type") == "all":
         return "; ".join(said for part in task["parts"] if (said := _task_meaning(part)))
     if "direction" not in task:
         return ""
@@ -205,11 +205,13 @@ class ClevrWords(Words):
         return agree(meaning, said)
 
     def checked_by(self, goal: Goal) -> str:
-        "`caption` for a push, `explanation` for two balls and one side, else nothing; from sentence and limit alone."
-        colours, sides = named(goal.text)
-        if len(colours) == 1 and goal.max_steps == 1:
+        """`caption` for a single push of a ball that is named, `explanation` for a move that names two and a side.
+
+        Other tasks, unknown ones included, are not judged: a sentence may name two colours and mean something else."""
+        (colours, sides), kind = named(goal.text), goal.task.get("type")
+        if kind == "push" and len(colours) == 1 and goal.max_steps == 1:
             return "caption"
-        return "explanation" if len(colours) == 2 and len(sides) == 1 else ""
+        return "explanation" if kind == "move" and len(colours) == 2 and len(sides) == 1 else ""
 
 # %% ../../nbs/clevr/50_words.ipynb #a25e8763
 @dataclass(frozen=True)

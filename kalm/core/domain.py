@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .actions import Actions, actions_of
 from .goals import Goal, check_index
+from .settings import whole_number
 
 # %% auto #0
 __all__ = ['RANDOM', 'REQUIRED', 'Features', 'Limits', 'Words', 'Simulator', 'Behaviour', 'random_actions', 'Domain',
@@ -46,8 +47,9 @@ class Features:
 
     def __post_init__(self):
         for name in ("points", "one_of"):
-            object.__setattr__(self, name, tuple(tuple(int(i) for i in pair) for pair in getattr(self, name)))
-        object.__setattr__(self, "angles", tuple(int(i) for i in self.angles))
+            pairs = tuple(tuple(whole_number(name, i) for i in pair) for pair in getattr(self, name))
+            object.__setattr__(self, name, pairs)
+        object.__setattr__(self, "angles", tuple(whole_number("angles", i) for i in self.angles))
         named = self.coordinates
         if len(set(named)) < len(named) or min(named, default=0) < 0:
             raise ValueError(f"features name the coordinates {sorted(named)}: expected each once, numbered from 0")
@@ -199,7 +201,7 @@ class Words:
 
     def agree(self, meaning: str, said: str) -> bool:
         "Whether `said` (a meaning or a caption) says the same as `meaning`."
-        return meaning.split() == said.split()
+        return bool(said.split()) and meaning.split() == said.split()
 
     def checked_by(self, goal: Goal) -> str:
         "How a rollout for this goal is checked in words: by the `caption` of its last step, its `explanation`, or ``."

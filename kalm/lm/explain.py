@@ -22,8 +22,9 @@ from .sequences import ARROW, MEANING, Writer
 from .model import STATE, TEXT, KalmLM
 
 # %% auto #0
-__all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'Answer', 'Speaking', 'story', 'explain', 'caption', 'Meaning', 'meaning_prompt',
-           'meaning', 'check_words', 'calibrate', 'round_trip', 'FilterScores', 'GoalEncoder']
+__all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'NOT_JUDGED', 'CONTRADICTS', 'AGREES', 'Answer', 'Speaking', 'story', 'explain',
+           'caption', 'Meaning', 'meaning_prompt', 'meaning', 'check_words', 'calibrate', 'round_trip', 'FilterScores',
+           'GoalEncoder']
 
 # %% ../../nbs/lm/70_explain.ipynb #83ac7887
 class Answer(NamedTuple):
@@ -227,30 +228,34 @@ def calibrate(lm: KalmLM, domain: Domain, n: int = 60 # taught sentences to comp
     return float(np.mean(tried[max(0, best - 1):best + 1]))
 
 # %% ../../nbs/lm/70_explain.ipynb #066913da
+NOT_JUDGED, CONTRADICTS, AGREES = -1, 0, 1
+
+
 def round_trip(lm: KalmLM, rollouts: Rollouts, words: Words, batch_size: int = 128
-              ) -> tuple[np.ndarray, list[str]]: # (B,) bool, what was said; empty where nothing was asked
-    """Whether what the model says about each rollout agrees with its goal.
+              ) -> tuple[np.ndarray, list[str]]: # (B,) int8 verdicts, what was said; empty where nothing was asked
+    """Whether what the model says about each rollout agrees with its goal: `AGREES`, `CONTRADICTS` or `NOT_JUDGED`.
 
     Returns
     -------
     tuple[np.ndarray, list[str]]
-        (B,) bool, what was said; empty where nothing was asked
+        (B,) int8 verdicts, what was said; empty where nothing was asked
     """
     if len(rollouts) and rollouts.goal.min() < 0:
         raise ValueError("a rollout without a goal has no sentence to be compared with")
     how = np.array([words.checked_by(rollouts.goals[i]) for i in rollouts.goal], object)
     moved = rollouts.lengths > 0
-    ok, said = moved & (how == ""), np.full(len(rollouts), "", object)
+    verdict, said = np.where(moved & (how == ""), NOT_JUDGED, CONTRADICTS).astype(np.int8), np.full(len(rollouts), "",
+                                                                                                    object)
     shown, explained = (np.flatnonzero((how == name) & moved) for name in ("caption", "explanation"))
     if len(shown):
         said[shown] = caption(lm, rollouts[shown], batch_size=batch_size)
-        ok[shown] = [words.agree(words.read(rollouts.texts[b]), said[b]) for b in shown]
+        verdict[shown] = [words.agree(words.read(rollouts.texts[b]), said[b]) for b in shown]
     if len(explained):
         said[explained] = explain(lm, rollouts[explained], short=True, batch_size=batch_size)
         texts = sorted({rollouts.texts[b] for b in explained})
         taken = dict(zip(texts, meaning(lm, texts, batch_size=batch_size)))
-        ok[explained] = [words.agree(taken[rollouts.texts[b]].words, said[b]) for b in explained]
-    return ok, said.tolist()
+        verdict[explained] = [words.agree(taken[rollouts.texts[b]].words, said[b]) for b in explained]
+    return verdict, said.tolist()
 
 # %% ../../nbs/lm/70_explain.ipynb #57461783
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core.domain import Domain, check_domain, codec_of, judge_reward, judge_success
 from ..core.episodes import play
 from ..core.files import numpy_rng, start_seeds
 from ..core.goals import Goal, check_index, in_turn
+from ..core.progress import progress_bar
 from ..core.rollouts import IMAGINED, Rollouts
+from ..core.settings import check_numbers
 from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, text_elements
 from .model import ACTION, STATE, KalmLM
 from .sequences import Writer
@@ -77,13 +78,7 @@ class Imagination:
     def __post_init__(self):
         if self.stop is not None and self.stop not in STOPS:
             raise ValueError(f"stop {self.stop!r}: one of {', '.join(STOPS)}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature}, top_p {self.top_p}: expected 0 or more, a share above 0")
-        least = dict(seed=0, max_steps=0, rank=0, batch_size=1, part_steps=1, rounds=1, tries=1)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} {value}: expected {low} or more")
+        check_numbers(self, dict(top_p=1e-9, batch_size=1, part_steps=1, rounds=1, tries=1), dict(top_p=1))
 
 # %% ../../nbs/lm/65_generate.ipynb #24428504
 def check_request(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index, states) -> tuple[np.ndarray, np.ndarray]:
@@ -179,8 +174,7 @@ class Imagining:
         slots = max(1, min(self.settings.batch_size, len(waiting)))
         decoder = (CachedDecoder if self.settings.cached else UncachedDecoder)(self.lm, slots)
         self.scheduler = SlotScheduler(decoder, waiting)
-        hidden = None if self.settings.progress else True
-        self.bar = tqdm(total=len(waiting), desc="imagining", unit="rollout", disable=hidden)
+        self.bar = progress_bar(len(waiting), "imagining", "rollout", show=self.settings.progress)
         with torch.no_grad(), self.lm.merged(), self.bar:
             while self.scheduler:
                 self.scheduler.admit(self.prompt)

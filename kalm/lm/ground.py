@@ -11,24 +11,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.domain import Domain, Features, check_domain, codec_of
+from ..core.domain import Domain, Features, Words, check_domain, codec_of
 from ..core.episodes import check_rollouts
-from ..core.files import append_csv, claim, cut_csv, digest_of
+from ..core.files import append_csv, claim, cut_csv, digest_of, sha256
+from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
 from .examples import Examples
-from .model import PAD, KalmLM, Normaliser
+from .model import PAD, SHIPPED, KalmLM, Normaliser
 from .sequences import ACT, DONE, JUMP, STEP, WORD, prompts_of
 from .settings import GroundConfig
 from ..tensors.store import fast_dtype, load_state, save_state
 
 # %% auto #0
 __all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'learning_rate', 'use_bf16', 'Losses', 'Grounder', 'prepare', 'make_optimiser',
-           'Progress', 'RunFolder', 'positions', 'Training', 'ground']
+           'Progress', 'RunFolder', 'model_digest', 'words_digest', 'positions', 'Training', 'ground']
 
 # %% ../../nbs/lm/50_ground.ipynb #c0d28782
 def learning_rate(step: int, config: GroundConfig) -> float:
@@ -271,14 +273,15 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 @patch
 def save(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
     "Store the state of a run. `ValueError` for weights that are not finite: the last state stays."
-    if not (self.out and self.writes):
-        return
     tensors = {}
     for name, p in lm.own_parameters().items():
         if not p.isfinite().all():
             raise ValueError(f"{name} is not finite after step {progress.step}: {self.kept()}; "
                              "use smaller learning rates")
         tensors[f"w.{name}"] = p
+    if not (self.out and self.writes):
+        return
+    for name, p in lm.own_parameters().items():
         for key, value in optimiser.state.get(p, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value)
     save_state(self.state_path, tensors, progress.to_json() | dict(request=self.request), STATE_FORMAT)
@@ -303,6 +306,23 @@ def load(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer) -> Progr
     return progress
 
 # %% ../../nbs/lm/50_ground.ipynb #c338afa1
+def model_digest(lm: KalmLM, config: GroundConfig) -> str:
+    "What a run begins with: the backbone's weights, a start checkpoint's, features, actions, prompts."
+    about = {k: v for k, v in lm.header().items() if k not in ("normaliser", "sure")}   # the normaliser is the data's
+    start = SHIPPED/lm.domain if config.start == "shipped" else Path(config.start)
+    return digest_of(about | dict(start=sha256(start/"model.safetensors") if config.start else ""))
+
+
+def words_digest(words: Words | None, rollouts: Rollouts, n: int = 200) -> str:
+    "What a domain says of goals, and of `n` steps of the data."
+    if words is None:
+        return ""
+    t = rollouts.transitions()
+    rows = np.linspace(0, len(t["states"]) - 1, min(n, len(t["states"]))).astype(int)
+    steps = [(words.caption(t["states"][i], t["next_states"][i]), words.questions(t["states"][i])) for i in rows]
+    return digest_of(dict(meanings=[words.meaning(goal) for goal in rollouts.goals], steps=steps))
+
+
 def positions(examples: Examples, start: tuple[int, int]) -> Iterator[tuple[int, int]]:
     "(epoch, index) of batch after batch, from `start` on."
     epoch, i = start
@@ -323,7 +343,9 @@ class Training:
         self.examples = Examples(self.lm, rollouts, domain.words, config)
         self.lm.to(self.accelerator.device).quick_attention()
         self.optimiser = make_optimiser(self.lm, config)
-        request = dict(format=STATE_FORMAT, domain=domain.name, data=rollouts.digest(), **asdict(config))
+        request = dict(asdict(config), format=STATE_FORMAT, domain=domain.name, data=rollouts.digest(),
+                       bf16=use_bf16(config), model=model_digest(self.lm, config),
+                       words=words_digest(domain.words, rollouts))
         self.folder = RunFolder(out, request, self.accelerator.is_main_process)
         self.progress = self.folder.load(self.lm, self.optimiser)
         grounder = Grounder(self.lm, config.text_weight)
@@ -426,8 +448,7 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
 
 
 def _bar(config: GroundConfig, state: Progress, shown: bool):
-    from tqdm import tqdm
-    return tqdm(total=config.steps, initial=state.step, desc="grounding", unit="step", disable=None if shown else True)
+    return progress_bar(config.steps, "grounding", "step", state.step, shown)
 
 
 def _shown(row: dict[str, float], state: Progress) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..core.episodes import SIDE_BY_SIDE
 from ..core.files import numpy_rng, start_seeds
 from ..core.goals import Goal, in_turn
 from ..core.rollouts import Rollouts
-from .explain import check_words, round_trip
+from .explain import CONTRADICTS, check_words, round_trip
 from .generate import Imagination, check_request, generate, some_of
 from .model import KalmLM
 from .parts import imagine_by_parts
@@ -28,7 +28,7 @@ __all__ = ['FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_ste
 def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
                      seeds: np.ndarray | None = None, settings: Imagination = Imagination()
                     ) -> tuple[Rollouts, np.ndarray]: # rollouts, (B,) which passed
-    """One rollout a row, and whether it passed the round trip within some tries; the first try's where none did.
+    """One rollout a row, and whether a try did not contradict its goal; the first try's where all of them did.
 
     Returns
     -------
@@ -44,7 +44,8 @@ def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: n
             break
         new = generate(lm, domain, goals, index[again], states[again], some_of(seeds, again), replace(settings, rank=k),
                        streams=again)
-        ok, _ = round_trip(lm, new, domain.words, settings.batch_size)
+        verdict, _ = round_trip(lm, new, domain.words, settings.batch_size)
+        ok = verdict != CONTRADICTS
         keep = np.arange(len(again)) if k == 0 else np.flatnonzero(ok)
         passed[again[ok]] = True
         parts.append(new[keep])
@@ -106,7 +107,7 @@ def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
         return out[keep]
     out = (imagine_by_parts if parts else generate)(*request)
     if filter == "round_trip":
-        return out[round_trip(lm, out, domain.words, settings.batch_size)[0]]
+        return out[round_trip(lm, out, domain.words, settings.batch_size)[0] != CONTRADICTS]
     if filter == "limits":
         off, fast = unreal_steps(out, domain.limits)
         return out[~(off | fast).any(1)]

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ..core.actions import Actions, DiscreteActions, actions_from_spec
 from ..core.domain import Features
-from ..core.files import load_json, save_json
+from ..core.files import digest_of, load_json, save_json
 from .actions import action_maps
 from .backbone import (DEFAULT_BACKBONE, Adapter, add_lora, attention_windows, beginning_of_text, core_of,
                               embedding_size, finish_logits, load_backbone, most_positions, use_grouped_attention,
                               weights_id, width_of)
 from .maps import Head, Normaliser, StateEmbedding, StateFeatures, nearest_class
-from ..tensors.store import load_tensors, save_tensors, torch_rng
+from ..tensors.store import load_tensors, read_about, save_tensors, torch_rng
 
 # %% auto #0
 __all__ = ['PAD', 'TEXT', 'STATE', 'ACTION', 'FORMAT', 'SHIPPED', 'tree_attention_mask', 'ModelSpec', 'KalmLM',
@@ -388,9 +388,9 @@ def save_pretrained(self: KalmLM, folder: str | Path,
         None keeps float32
     """
     own = self.own_parameters()
-    tensors = {n: p if dtype is None else p.to(dtype) for n, p in own.items()}
-    save_tensors(Path(folder)/"model.safetensors", tensors)
-    save_json(Path(folder)/"kalm.json", self.header())
+    tensors, header = {n: p if dtype is None else p.to(dtype) for n, p in own.items()}, self.header()
+    save_tensors(Path(folder)/"model.safetensors", tensors, dict(header=digest_of(header)))
+    save_json(Path(folder)/"kalm.json", header)
 
 
 @patch
@@ -431,6 +431,9 @@ def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> Ka
     c = load_json(path)
     if not isinstance(c, dict) or c.get("format") not in (FORMAT, _OLD_FORMAT):
         raise ValueError(f"{path} is not a {FORMAT} checkpoint")
+    made = read_about(folder/"model.safetensors").get("header")   # checkpoints of earlier versions do not say
+    if made and c["format"] == FORMAT and made != digest_of(c):
+        raise ValueError(f"{path} differs from what {folder/'model.safetensors'} was stored with: damaged or changed")
     try:
         lm = _model_of(upgrade_header(c) if c["format"] == _OLD_FORMAT else c, folder, backbone, dtype)
     except (KeyError, TypeError, AttributeError) as e:

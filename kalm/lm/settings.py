@@ -5,48 +5,14 @@
 # %% ../../nbs/lm/35_settings.ipynb #4d3cc0a3
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 
+from ..core.settings import check_numbers
 from .backbone import DEFAULT_BACKBONE, Adapter
 
 # %% auto #0
-__all__ = ['TASKS', 'check_numbers', 'TaskWeights', 'GroundConfig']
-
-# %% ../../nbs/lm/35_settings.ipynb #06b55344
-def check_numbers(settings,                   # a dataclass whose fields are annotated int, float or bool
-                  least: Mapping[str, float], # lowest value of a field; 0 where it is not named
-                  most: Mapping[str, float]) -> None: # highest value of a field
-    """`ValueError` for a setting that is not a number of its type and within bounds. Numbers become plain ones.
-
-    Parameters
-    ----------
-    settings
-        a dataclass whose fields are annotated int, float or bool
-    least
-        lowest value of a field; 0 where it is not named
-
-    Returns
-    -------
-    None
-        highest value of a field
-    """
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if f.type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{f.name} {value!r}: expected True or False")
-        if f.type not in ("int", "float"):
-            continue
-        low, high = least.get(f.name, 0), most.get(f.name, math.inf)
-        kind = Integral if f.type == "int" else Real
-        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-        if not fits:
-            what = "a whole number" if f.type == "int" else "a number"
-            bounds = f"{low:g} to {high:g}" if f.name in most else f"at least {low:g}"
-            raise ValueError(f"{f.name} {value!r}: expected {what}, {bounds}")
-        object.__setattr__(settings, f.name, int(value) if f.type == "int" else float(value))
+__all__ = ['TASKS', 'TaskWeights', 'GroundConfig']
 
 # %% ../../nbs/lm/35_settings.ipynb #f0783840
 @dataclass(frozen=True)
@@ -69,7 +35,7 @@ class TaskWeights:
     text: float = 0.
 
     def __post_init__(self):
-        check_numbers(self, {}, {})
+        check_numbers(self)
         if not any(asdict(self).values()):
             raise ValueError(f"no task has a weight: expected one of {', '.join(asdict(self))} above 0")
 
@@ -157,10 +123,7 @@ class GroundConfig:
                 object.__setattr__(self, name, made(**given))
             if not isinstance(getattr(self, name), made):
                 raise ValueError(f"{name} {given!r}: expected {made.__name__}(...)")
-        check_numbers(self.adapter, dict(rank=1, alpha=1), {})
         check_numbers(self, dict(steps=1, batch_tokens=128, branches=1, clip=1e-9, checkpoint_every=1, log_every=1),
                       dict(warmup=1))
-        if not (self.bf16 is None or isinstance(self.bf16, bool)):
-            raise ValueError(f"bf16 {self.bf16!r}: expected True, False or None")
         if self.start and self.scratch:
             raise ValueError("scratch asks for random weights, start for trained ones: expected one of them")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.actions import Actions, DiscreteActions
+from ..core.settings import check_numbers
 from .policy import GoalMLPs, Policy, head_outputs, mean_and_log_std, scaled_actions
 from .replay import Batch, Replay
 from .train import Learner, adam, goal_mlps, train
@@ -139,6 +140,9 @@ class BC:
     hidden: int = 256
     temperature: float = 0.   # of the policy's draws; 0 takes the likeliest action, as the paper does
     name = "bc"
+
+    def __post_init__(self):
+        check_numbers(self, dict(batch_size=1, hidden=1))
 
     def learner(self, replay: Replay, seeds: Sequence[int]) -> Learner:
         "Fresh networks and their optimiser, one a seed."

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.actions import DiscreteActions
+from ..core.settings import check_numbers
 from .policy import GoalMLPs, Policy, head_outputs, mean_and_log_std, scaled_actions
 from .replay import Batch, Replay
 from .train import Learner, adam, goal_mlps, train
@@ -344,13 +345,7 @@ class CQL:
     name = "cql"
 
     def __post_init__(self):
-        for field, least in dict(batch_size=1, hidden=1, target_every=1, samples=1).items():
-            if not getattr(self, field) >= least:
-                raise ValueError(f"{field} {getattr(self, field)}: expected at least {least}")
-        for field in ("lr", "alpha", "discount", "temperature", "actor_lr", "tau"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field} {value}: expected a finite number, 0 or more")
+        check_numbers(self, dict(batch_size=1, hidden=1, target_every=1, samples=1), dict(discount=1, tau=1))
 
     @classmethod
     def continuous(cls, **changes) -> CQL:

@@ -199,6 +199,14 @@ class SentenceEncoder:
         weights = dict(weights=self._key) if self._key.startswith("folder-") else {}
         return dict(type="sentence", name=self.name, **weights)
 
+    def fetch(self) -> None:
+        "Have the model's files here."
+        self._where()
+
+    def keep(self, texts: Sequence[str], rows: np.ndarray) -> None:
+        "Store encodings (N, E) that are known already."
+        _write_encodings(self.folder, [hashlib.sha256(t.encode()).digest() for t in texts], np.asarray(rows))
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         "(N, E) float32, unit length; `ValueError` for anything that is not a sentence."
         texts = check_texts(texts)
@@ -208,7 +216,10 @@ class SentenceEncoder:
         new = {k: t for k, t in zip(keys, texts) if k not in self._known}
         if new:
             rows = self._run(list(new.values()))
-            _write_encodings(self.folder, list(new), rows)
+            try:
+                _write_encodings(self.folder, list(new), rows)
+            except OSError:   # a cache that cannot be written makes nothing wrong, only slower
+                pass
             self._known.update(zip(new, rows))
         return np.stack([self._known[k] for k in keys])
 
@@ -226,8 +237,13 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def _pooled(self, texts: list[str], limit: int) -> np.ndarray:
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt",
-                                 split_special_tokens=True)   # `[SEP]` in a sentence is a word
+        how = dict(padding=True, return_tensors="pt", split_special_tokens=True)   # `[SEP]` in a sentence is a word
+        tokens = self._tokenizer(texts, **how)
+        longest = int(tokens["attention_mask"].sum(1).max())
+        if longest > limit:
+            text = texts[int(tokens["attention_mask"].sum(1).argmax())]
+            raise ValueError(f"a sentence of {longest} tokens, {text!r:.60}: "
+                             f"the sentence encoder reads at most {limit}")
         tokens = tokens.to(self.device)
         hidden = self._model(**tokens).last_hidden_state
         return mean_pool(hidden, tokens["attention_mask"]).float().cpu().numpy()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.actions import Actions, DiscreteActions, actions_from_spec
 from ..core.files import numpy_rng
+from ..core.settings import check_numbers
 from .encoder import Encoder, Whitening, check_encoder, check_texts, encoder_from_spec
 from ..tensors.store import load_tensors, read_header, save_tensors
 
@@ -266,8 +266,7 @@ class Policy:
         expected = head_outputs(self.head, self.codec)
         if self.net.sizes["outputs"] != expected:
             raise ValueError(f"network with {self.net.sizes['outputs']} outputs: head {self.head!r} needs {expected}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature}: expected 0 or more")
+        check_numbers(self)
         if self.temperature and self.head == "deterministic":
             raise ValueError("a deterministic policy has nothing to draw from: expected temperature 0")
 
@@ -348,7 +347,7 @@ def save(self: Policy, folder: str | Path) -> None:
     "Write `policy.safetensors` (weights, and the rest in its header) and its checksum into `folder`."
     about = dict(format=POLICY_FORMAT, head=self.head, actions=self.codec.spec(), encoder=self.encoder.spec(),
                  temperature=self.temperature, step=self.step, algorithm=self.algorithm, seed=self.seed)
-    save_tensors(Path(folder)/"policy.safetensors", self.net.state_dict(), {"kalm": json.dumps(about)})
+    save_tensors(Path(folder)/"policy.safetensors", self.net.state_dict(), about)
 
 
 @patch(cls_method=True)

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.actions import DiscreteActions
+from ..core.settings import check_numbers
 from .policy import GoalMLPs, Policy, head_outputs, scaled_actions
 from .replay import Batch, Replay
 from .train import Learner, adam, goal_mlps, train
@@ -195,13 +196,7 @@ class TD3BC:
     temperature = 0.          # a deterministic actor has nothing to draw from
 
     def __post_init__(self):
-        for field in ("batch_size", "hidden", "actor_every"):
-            if not getattr(self, field) >= 1:
-                raise ValueError(f"{field} {getattr(self, field)}: expected at least 1")
-        for field in ("lr", "alpha", "discount", "tau", "noise", "most_noise"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field} {value}: expected a finite number, 0 or more")
+        check_numbers(self, dict(batch_size=1, hidden=1, actor_every=1), dict(discount=1, tau=1))
 
     def learner(self, replay: Replay, seeds: Sequence[int]) -> Learner:
         "Fresh networks and their optimisers, one a seed; `ValueError` for discrete actions."

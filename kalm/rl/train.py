@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.files import append_csv, claim, cut_csv
+from ..core.progress import progress_bar
+from ..core.settings import check_numbers, real_number, whole_number
 from .policy import GoalMLP, GoalMLPs, Policy
 from .replay import Batch, Replay
-from ..tensors.store import fast_dtype, load_state, one_thread, save_state, torch_rng
+from ..tensors.store import check_finite_tensors, fast_dtype, load_state, one_thread, save_state, torch_rng
 
 # %% auto #0
 __all__ = ['TRAINING_FORMAT', 'Learner', 'goal_mlps', 'adam', 'Every', 'train', 'steps_per_second']
@@ -178,10 +179,7 @@ class Every:
     callback: int | None = None # only at the end if not given
 
     def __post_init__(self):
-        for f in fields(self):
-            n = getattr(self, f.name)
-            if n is not None and n < 1:
-                raise ValueError(f"every {n} steps a {f.name}: expected at least 1")
+        check_numbers(self, dict(log=1, checkpoint=1, callback=1))
 
 # %% ../../nbs/rl/40_train.ipynb #73686ec8
 TRAINING_FORMAT = "kalm-training-2"
@@ -191,8 +189,8 @@ class _Training:
     "One call of `train`: learner, streams, folders."
     def __init__(self, algorithm, replay: Replay, seed, out, every: Every):
         self.algorithm, self.replay, self.every = algorithm, replay, every
-        self.alone = isinstance(seed, (int, np.integer))
-        self.seeds = [int(seed)] if self.alone else [int(s) for s in seed]
+        self.alone = np.ndim(seed) == 0
+        self.seeds = [whole_number("seed", s) for s in ([seed] if self.alone else seed)]
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds}: expected at least one, no two alike")
         replay.counts(algorithm.batch_size)   # refuse a batch that cannot be divided before anything is written
@@ -209,6 +207,7 @@ class _Training:
         "The policies as they are now, whitening folded in; one alone where one seed was asked for."
         learner, replay, algorithm = self.learner, self.replay, self.algorithm
         many, out = learner.networks[learner.policy_network], []
+        check_finite_tensors(learner.tensors(), f"{algorithm.name} after step {learner.steps}")
         for k, s in enumerate(self.seeds):
             net = many.one(k).fold_whitening(replay.whitening).eval()
             out.append(Policy(net, learner.head, replay.codec, replay.encoder, algorithm.temperature, learner.steps,
@@ -325,13 +324,14 @@ def train(algorithm,                        # settings with `name`, `batch_size`
     Policy | list[Policy]
         a list for several seeds; `.step` is below `steps` if time ran out
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected at least 1")
+    steps = whole_number("steps", steps, 1)
+    if max_minutes is not None:
+        real_number("max_minutes", max_minutes)
     began, job = time.monotonic(), _Training(algorithm, replay, seed, out, every)
     if job.out:
         job.open(steps)
     learner, saved, late = job.learner, job.learner.steps, False
-    bar = tqdm(total=steps, initial=learner.steps, desc=algorithm.name, unit="step", disable=None)
+    bar = progress_bar(steps, algorithm.name, "step", learner.steps)
     with one_thread(replay.device), bar:
         while learner.steps < steps and not late:
             row = min(steps, _next(learner.steps, every.log))

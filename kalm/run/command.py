@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
+import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.domain import domain
+import kalm
+from ..core.domain import Domain, domain
+from ..core.files import load_json
+from ..lm.backbone import fetch_backbone
+from ..lm.model import SHIPPED
+from ..rl.encoder import SentenceEncoder
 from .figures import figures_stage
-from .folder import Run, Stopped, owned
+from .folder import Run, Stopped, commit, owned
 from .policies import evaluate_stage, train_stage
-from .presets import Preset, preset, presets_for
+from .presets import CLEVR, Preset, check_preset, preset, presets_for
 from .stages import collect_stage, ground_stage, imagine_stage
 
 # %% auto #0
-__all__ = ['STAGES', 'run_stages', 'parser', 'configure', 'folder_of', 'show_presets', 'main']
+__all__ = ['STAGES', 'run_stages', 'parser', 'configure', 'fetch', 'folder_of', 'show_presets', 'suggested', 'main']
 
 # %% ../../nbs/run/70_command.ipynb #27986ef3
 STAGES: dict[str, Callable[[Run], None]] = dict(
@@ -48,14 +57,23 @@ def run_stages(run: Run, names: list[str]) -> bool:
 def parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser(prog="kalm", description="Knowledgeable agents by offline RL from imagined rollouts.")
+    made = f" ({commit()})" if commit() else ""
+    p.add_argument("--version", action="version", version=f"kalm {kalm.__version__}{made}")
     sub = p.add_subparsers(dest="command", required=True, metavar="run|" + "|".join(STAGES) + "|presets")
     stages = {name: stage.__doc__.split("\n")[0] for name, stage in STAGES.items()}
     for name, text in dict(run="all stages in order, continuing where an earlier run stopped", **stages).items():
-        _add_options(sub.add_parser(name, help=text, description=text))
+        _add_options(sub.add_parser(name, help=text, description=text, epilog=_about_presets(),
+                                    formatter_class=argparse.RawDescriptionHelpFormatter))
     listing = sub.add_parser("presets", help="the presets of a domain, what they are for and what they compute")
     _add_domain(listing)
     listing.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return p
+
+
+def _about_presets() -> str:
+    "For the end of a help page."
+    head = "presets of CLEVR-Robot (`kalm presets --domain D` has those of others, and what they compute):"
+    return "\n".join([head, *(f"  {p.name:11} {p.about}" for p in CLEVR.values())])
 
 
 def _add_domain(s: argparse.ArgumentParser) -> None:
@@ -87,6 +105,16 @@ def configure(a: argparse.Namespace) -> Preset:
     return replace(p, shipped=p.shipped and not (a.ground_afresh or a.backbone))
 
 
+def fetch(p: Preset, d: Domain, stages: Sequence[str]) -> None:
+    "Whatever a run will need from the network, and find out what cannot be had, before its first stage."
+    if {"ground", "imagine", "evaluate"} & {*stages}:
+        shipped = load_json(SHIPPED/d.name/"kalm.json")["backbone"] if p.shipped else p.ground.backbone
+        for name in {shipped} | ({p.ground.backbone} if "lm-bc" in p.baselines else set()):
+            fetch_backbone(name)
+    if {"train", "evaluate"} & {*stages}:
+        SentenceEncoder().fetch()
+
+
 def folder_of(a: argparse.Namespace) -> Path:
     "Where the run goes."
     name = a.domain.rpartition(":")[2]
@@ -102,17 +130,33 @@ def show_presets(a: argparse.Namespace) -> None:
               f"{p.seeds} seeds; {p.episodes:,} episodes a level")
 
 # %% ../../nbs/run/70_command.ipynb #983e9cb3
+def suggested(text: str, argv: list[str] | None) -> str:
+    "A message whose advice, `kalm STAGE`, has the options that were given."
+    given = sys.argv[1:] if argv is None else argv
+    options = shlex.join(given[1:])
+    return re.sub(r"`kalm (\w+)`", lambda m: f"`kalm {m[1]}{' ' + options if options else ''}`", text)
+
+
+def _interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     "Entry point: 0 on success (also when stopped by the time limit), 1 for an error, 130 when interrupted."
     a = parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupted)   # ends as Ctrl-C does, workers included
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
         if a.command == "presets":
             show_presets(a)
             return 0
-        p, out = configure(a), folder_of(a)
+        p, out, stages = configure(a), folder_of(a), list(STAGES) if a.command == "run" else [a.command]
+        if stages[0] != "collect" and not out.exists():
+            raise FileNotFoundError(f"{out} is not there: run `kalm collect` first")
+        fetch(check_preset(p, domain(a.domain)), domain(a.domain), stages)
         with owned(out):
-            run_stages(Run(p, a.domain, out, a.max_minutes), list(STAGES) if a.command == "run" else [a.command])
+            run_stages(Run(p, a.domain, out, a.max_minutes), stages)
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
@@ -120,5 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if a.debug:
             traceback.print_exc()
-        print(f"kalm: {'' if str(e) else type(e).__name__}{' '.join(str(e).split())}", file=sys.stderr)
+        foreign = not isinstance(e, ValueError | OSError | RuntimeError)   # not ours: its words alone may say little
+        text = " ".join(str(e).split())
+        what = f"{type(e).__name__}: {text} (see it with --debug)" if foreign or not text else text
+        print(f"kalm: {suggested(what, argv)}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -21,11 +21,11 @@ import torch
 
 import kalm
 from ..core.domain import Domain, check_domain, domain
-from ..core.files import claim, save_json
-from .presets import Preset
+from ..core.files import claim, save_json, sweep
+from .presets import Preset, check_preset
 
 # %% auto #0
-__all__ = ['commit', 'versions', 'device', 'machine', 'owned', 'Stopped', 'Run', 'need']
+__all__ = ['commit', 'versions', 'device', 'machine', 'owned', 'Stopped', 'Run', 'whole', 'set_aside', 'need']
 
 # %% ../../nbs/run/20_folder.ipynb #cff7457a
 def commit() -> str:
@@ -71,6 +71,8 @@ def machine() -> dict:
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     "Own a run folder inside the `with`; `RuntimeError` if another process does."
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder, or a place for one")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -80,8 +82,9 @@ def owned(folder: Path) -> Iterator[None]:
     with open(folder/".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RuntimeError(f"another process works in {folder}: wait for it, or give another --out") from None
+        sweep(folder)
         yield
 
 # %% ../../nbs/run/20_folder.ipynb #f7cf82d3
@@ -109,6 +112,7 @@ class Run:
         self.preset, self.out, self.quiet = preset, Path(out), quiet
         self.spec = spec if isinstance(spec, str) else ""       # what another process finds the domain by
         self.domain = domain(spec) if isinstance(spec, str) else check_domain(spec)
+        check_preset(preset, self.domain)
         self.until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         settings = json.loads(json.dumps(dict(domain=self.domain.name, **asdict(preset))))
         settings.pop("about")   # words about it decide nothing
@@ -137,6 +141,23 @@ class Run:
         return [self.preset.seed + k for k in range(self.preset.seeds)]
 
 # %% ../../nbs/run/20_folder.ipynb #1fb927a7
+def whole(read: Callable, *args) -> bool:
+    "Whether something can be read: what is missing or damaged a stage makes again."
+    try:
+        read(*args)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def set_aside(run: Run, path: Path, read: Callable, *args) -> None:
+    "Rename a file that cannot be read, so that the work it held begins anew instead of never."
+    if path.exists() and not whole(read, path, *args):
+        kept = path.with_name(path.name + ".damaged")
+        path.replace(kept)
+        run.say(f"  {path} is damaged: kept as {kept.name}, what it held is made again")
+
+
 def need(path: Path, stage: str) -> Path:
     "`path`, or an error that names the stage that makes it."
     if not path.exists():

@@ -5,20 +5,25 @@
 # %% ../../nbs/run/40_policies.ipynb #1eeb75f7
 from __future__ import annotations
 
+import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..core.domain import Domain
 from ..core.episodes import Evaluation, evaluate
+from ..core.files import cut_csv
+from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
 from ..lm.explain import GoalEncoder
@@ -27,16 +32,16 @@ from ..lm.model import KalmLM
 from ..rl.encoder import SentenceEncoder, Whitening
 from ..rl.policy import POLICY_FORMAT, Policy
 from ..rl.replay import Replay
-from ..rl.train import Every
-from .folder import Run, Stopped, commit, device, need
+from ..rl.train import TRAINING_FORMAT, Every
+from .folder import Run, Stopped, commit, device, need, set_aside, whole
 from .presets import Preset, Training
 from .stages import grounded_lm, real_rollouts
-from ..tensors.store import read_header
+from ..tensors.store import load_state, load_tensors, read_header
 
 # %% auto #0
-__all__ = ['ACTED', 'Job', 'jobs', 'judged_on', 'datasets', 'replay_of', 'whitening_of', 'home_of', 'kept_steps', 'train_job',
-           'train_stage', 'in_processes', 'load_policy', 'Row', 'rows_of', 'evaluate_policy', 'evaluate_lm',
-           'evaluate_stage']
+__all__ = ['ACTED', 'Job', 'jobs', 'judged_on', 'datasets', 'replay_of', 'encoder_of', 'whitening_of', 'home_of', 'kept_steps',
+           'train_job', 'make_room', 'train_stage', 'in_processes', 'load_policy', 'Row', 'rows_of', 'is_shown',
+           'evaluate_policy', 'evaluate_lm', 'evaluate_stage']
 
 # %% ../../nbs/run/40_policies.ipynb #3a2571dc
 @dataclass(frozen=True)
@@ -104,10 +109,22 @@ def datasets(run: Run, job: Job) -> list[Rollouts]:
 
 def replay_of(run: Run, job: Job) -> Replay:
     "The replay that a job's batches are drawn from."
-    p, data, encoder = run.preset, datasets(run, job), SentenceEncoder()
+    p, data, encoder = run.preset, datasets(run, job), encoder_of(run)
     fraction = p.mixing.imagined_fraction
     return Replay(data, fractions=[1 - fraction, fraction] if len(data) > 1 else None, encoder=encoder,
                   whitening=whitening_of(run, encoder), device=device())
+
+
+def encoder_of(run: Run) -> SentenceEncoder:
+    """The sentence encoder, with the run's own copy of what it computed.
+
+    Encodings differ in their last digits between processors and numbers of threads; a run that is continued elsewhere
+    goes on with those that it began with."""
+    own = SentenceEncoder(cache=run.out/"sentences")
+    if not own.folder.exists():
+        texts = list(dict.fromkeys(g.text for level in run.domain.levels for g in run.domain.goals(level)))
+        own.keep(texts, SentenceEncoder().encode(texts))
+    return own
 
 
 def whitening_of(run: Run, encoder: SentenceEncoder) -> Whitening | None:
@@ -148,6 +165,7 @@ def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at t
         for seed, policy in zip(run.seeds(), policies if step in kept else ()):
             policy.save(home_of(run.out, job, seed)/f"step-{step}")
 
+    make_room(run, job)
     steps = training.steps
     minutes = None if until is None else max(0., until - time.time()) / 60
     policies = training.algorithm.fit(
@@ -157,24 +175,38 @@ def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at t
     return policies[0].step
 
 
+def make_room(run: Run, job: Job) -> None:
+    "Before a job is trained: drop a checkpoint that is damaged or beyond a policy that is missing, and old results."
+    state = run.out/"policies"/job.name/"training.safetensors"
+    set_aside(run, state, load_state, TRAINING_FORMAT)
+    step = load_state(state, TRAINING_FORMAT)[1]["step"] if state.exists() else 0
+    lost = [k for seed in run.seeds() for k in kept_steps(run.preset, job.training)
+            if not whole(load_tensors, home_of(run.out, job, seed)/f"step-{k}"/"policy.safetensors")]
+    if step >= min(lost, default=math.inf):
+        state.unlink()   # the policies of those steps come out of training alone
+        cut_csv(run.out/"results.csv", lambda row: row["method"] != job.method)
+
+
 def train_stage(run: Run) -> None:
     "policies/: every algorithm with and without imagined rollouts, every seed."
     p, minutes = run.preset, run.minutes_left()
     todo = [job for job in jobs(p) if not _trained(run, job)]
     until = None if minutes is None else time.time() + 60 * minutes
-    SentenceEncoder().encode([g.text for level in run.domain.levels for g in run.domain.goals(level)])  # once, for all
-    reached = dict(tqdm(in_processes(run, train_job, [(job, (job, until)) for job in todo]), total=len(todo),
-                        desc="training", unit="job", disable=None))
+    encoder_of(run)   # once, for all
+    reached = {}
+    with progress_bar(len(todo), "training", "job") as bar:
+        for job, steps in in_processes(run, train_job, [(job, (job, until)) for job in todo]):
+            reached[job] = steps
+            bar.update()
     if any(reached[job] < job.training.steps for job in todo):
         raise Stopped()
     run.say(f"  {len(jobs(p)) * p.seeds} policies")
 
 
 def _trained(run: Run, job: Job) -> bool:
-    "Whether all the policies that will be evaluated are there."
-    files = [home_of(run.out, job, seed)/f"step-{step}"/"policy.safetensors"
-             for seed in run.seeds() for step in kept_steps(run.preset, job.training)]
-    return all(f.exists() for f in files)
+    "Whether all the policies that will be evaluated are there, and whole."
+    return all(whole(load_tensors, home_of(run.out, job, seed)/f"step-{step}"/"policy.safetensors")
+               for seed in run.seeds() for step in kept_steps(run.preset, job.training))
 
 # %% ../../nbs/run/40_policies.ipynb #56df4438
 def in_processes(run: Run, f: Callable, calls: list[tuple]) -> Iterator[tuple]:
@@ -184,12 +216,19 @@ def in_processes(run: Run, f: Callable, calls: list[tuple]) -> Iterator[tuple]:
         for name, arguments in calls:
             yield name, f(run, *arguments)
         return
+    about, todo, waiting = (run.preset, run.spec, str(run.out)), list(reversed(calls)), {}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet)
     try:
-        about = run.preset, run.spec, str(run.out)
-        waiting = {pool.submit(_call, f, about, arguments): name for name, arguments in calls}
-        for future in as_completed(list(waiting)):
-            yield waiting.pop(future), future.result()
+        while todo or waiting:
+            while todo and len(waiting) < workers:   # no more than are at work: nothing waits that a stop cannot reach
+                name, arguments = todo.pop()
+                waiting[pool.submit(_call, f, about, arguments)] = name
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+    except BaseException:   # an interrupt, an error, a caller that wants no more: what is half done is given up
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -203,16 +242,37 @@ def _call(f: Callable, about: tuple, arguments: tuple):
 
 
 def _quiet() -> None:
-    "Worker processes: one thread, nothing on the terminal; their errors come back as exceptions."
+    """Worker processes: one thread, nothing on the terminal; their errors come back as exceptions.
+
+    An interrupt is the parent's business, which ends them; if the parent is gone, killed, they end themselves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")
 
+
+def _end_with(parent) -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
 # %% ../../nbs/run/40_policies.ipynb #6759f343
-def load_policy(folder: str | Path) -> Policy:
-    "A trained policy: `policy.act(states, texts)`. `ValueError` for a damaged file or an encoder that cannot be found."
-    spec = read_header(Path(folder)/"policy.safetensors", POLICY_FORMAT).get("encoder", {})
-    encoder = GoalEncoder.from_spec(spec) if spec.get("type") == "grounded" else None
-    return Policy.load(folder, encoder=encoder)
+def load_policy(folder: str | Path,
+                encoder: SentenceEncoder | None = None # in place of a new one, where it was trained with such a one
+               ) -> Policy:
+    """A trained policy: `policy.act(states, texts)`. `ValueError` for a damaged file or an encoder that cannot be found.
+
+    Parameters
+    ----------
+    encoder
+        in place of a new one, where it was trained with such a one
+    """
+    path = Path(folder)/"policy.safetensors"
+    spec = read_header(path, POLICY_FORMAT).get("encoder")
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path} names no encoder: damaged; delete it and train again")
+    if spec.get("type") == "grounded":
+        return Policy.load(folder, encoder=GoalEncoder.from_spec(spec))
+    return Policy.load(folder, encoder=encoder if encoder is not None and encoder.spec() == spec else None)
 
 # %% ../../nbs/run/40_policies.ipynb #33a209ee
 @dataclass(frozen=True)
@@ -253,11 +313,16 @@ def rows_of(run: Run) -> list[Row]:
 ACTED = 100  # episodes of each method and level that are kept to look at
 
 
+def is_shown(p: Preset, row: Row) -> bool:
+    "Whether some of a row's episodes are kept to look at: those of the last policies of the first seed."
+    return row.seed == p.seed and all(row.step in (0, t.steps) or t.algorithm.name != row.method.split("+")[0]
+                                      for t in p.trainings)
+
+
 def evaluate_policy(run: Run, row: Row) -> Evaluation:
     "How the policy in a folder does, or a script."
-    last = row.seed == run.preset.seed and all(row.step in (0, t.steps) or t.algorithm.name != row.method.split("+")[0]
-                                               for t in run.preset.trainings)
-    policy = load_policy(row.folder) if row.folder else row.method
+    last = is_shown(run.preset, row)
+    policy = load_policy(row.folder, encoder_of(run)) if row.folder else row.method
     e = evaluate(policy, run.domain, run.domain.goals(row.level), run.preset.episodes, seed=row.seed, record=last)
     return replace(e, rollouts=e.rollouts[:ACTED]) if last else e
 
@@ -278,7 +343,13 @@ def evaluate_stage(run: Run) -> None:
             need(Path(row.folder)/"policy.safetensors", "train")
     done = {(r["method"], r["level"], r["seed"], r["step"]) for r in read_results(path, config=run.config, kind="")}
     todo = [row for row in rows if row.key not in done]
-    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="evaluating", unit="row", disable=None) as bar:
+    lost = [row for row in rows if row.key in done and is_shown(run.preset, row) and row.method not in ("lm", "lm-bc")
+            and not whole(Rollouts.load, run.out/"acted"/row.method/f"{row.level}.npz")]
+    if lost:   # their episodes are played again, and their rows written again
+        gone = {row.key for row in lost}
+        cut_csv(path, lambda r: (r["method"], r["level"], r["seed"], r["step"]) not in gone)
+        todo += lost
+    with progress_bar(len(rows), "evaluating", "row", len(rows) - len(todo)) as bar:
         for row, e in _evaluated(run, todo):
             _store(run, path, row, e)
             bar.update()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import gymnasium as gym
 
 from ..core.domain import Domain
+from ..core.settings import check_numbers
 from ..lm.backbone import TINY_BACKBONE, Adapter
 from ..lm.model import SHIPPED
 from ..lm.settings import GroundConfig, TaskWeights
@@ -20,7 +21,7 @@ from ..rl.td3bc import TD3BC
 
 # %% auto #0
 __all__ = ['CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset',
-           'ours', 'clevr_levels', 'novel_levels', 'algorithms_for', 'generic', 'presets_for', 'preset']
+           'ours', 'clevr_levels', 'novel_levels', 'algorithms_for', 'generic', 'presets_for', 'check_preset', 'preset']
 
 # %% ../../nbs/run/10_presets.ipynb #745a67dd
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Training:
     """
     algorithm: BC | CQL | TD3BC
     steps: int                       # gradient steps
+
+    def __post_init__(self):
+        check_numbers(self, dict(steps=1))
 
 # %% ../../nbs/run/10_presets.ipynb #e72c56e7
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Imagined:
     rollouts: int
     tries: int = 0        # imaginations that a rollout gets until it passes the round trip; 0: not filtered
     parts: bool = False   # whether goals are taken apart and imagined one part after the other
+
+    def __post_init__(self):
+        check_numbers(self, dict(rollouts=1))
 
 # %% ../../nbs/run/10_presets.ipynb #da2cc109
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class Mixing:
     imagined_fraction: float = .5   # of a batch, where anything is imagined
     whitening: float = 0.           # of sentence encodings, see `kalm.rl.encoder.Whitening`
     policy_per_level: bool = False  # train one policy for each novel level, as the paper does, or one for all
+
+    def __post_init__(self):
+        check_numbers(self, most=dict(imagined_fraction=1))
 
 # %% ../../nbs/run/10_presets.ipynb #c542da13
 @dataclass(frozen=True)
@@ -122,6 +132,9 @@ class Preset:
     baselines: tuple[str, ...] = ()          # "oracle": expert rollouts in place of imagined ones; "lm": the grounded
                                              # model as the policy; "lm-bc": the backbone cloned as a policy alone
     seed: int = 0
+
+    def __post_init__(self):
+        check_numbers(self, dict(rollouts=1, rl_rollouts=1, imagine_steps=1, seeds=1, episodes=1, checkpoints=1))
 
     def with_seed(self, seed: int) -> Preset:
         "The same run with other random numbers."
@@ -215,6 +228,20 @@ PRESETS = {"clevr": CLEVR}
 def presets_for(d: Domain) -> dict[str, Preset]:
     "The presets of a domain, by name."
     return PRESETS.get(d.name) or generic(d)
+
+
+def check_preset(p: Preset, d: Domain) -> Preset:
+    "`p` itself; `ValueError` where it asks for what the domain does not have."
+    known = dict(level=novel_levels(d), behaviour=[*d.behaviours, "random"], baseline=ALL_BASELINES)
+    asked = dict(level=p.imagined, behaviour=[p.behaviour] if p.behaviour else [], baseline=p.baselines)
+    for what, names in asked.items():
+        for name in names:
+            if name not in known[what]:
+                raise ValueError(f"preset {p.name!r} asks for {what} {name!r}, domain {d.name!r} has "
+                                 f"{', '.join(known[what]) or 'none'}")
+    if any(plan.tries or plan.parts for plan in p.imagined.values()) and getattr(d, "words", None) is None:
+        raise ValueError(f"preset {p.name!r} filters what is imagined: domain {d.name!r} has no words to do it with")
+    return p
 
 
 def preset(d: Domain, name: str) -> Preset:

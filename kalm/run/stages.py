@@ -10,26 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..core.episodes import collect
 from ..core.files import load_json, numpy_rng, save_json, start_seeds
 from ..core.goals import Goal
+from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
 from ..lm.backbone import TINY_BACKBONE
-from ..lm.ground import ground
+from ..lm.ground import STATE_FORMAT, ground
 from ..lm.generate import Imagination, generate
 from ..lm.imagine import imagine_filtered
 from ..lm.model import KalmLM
 from ..lm.parts import imagine_by_parts
 from ..lm.quality import quality, repair_unreal
 from ..lm.settings import GroundConfig, TaskWeights
-from .folder import Run, Stopped, device, need
+from .folder import Run, Stopped, device, need, set_aside, whole
 from .presets import Imagined
-from ..tensors.store import fast_dtype
+from ..tensors.store import digest_of_tensors, fast_dtype, load_state, load_tensors
 
 # %% auto #0
-__all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'grounded_lm', 'imagine_stage']
+__all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'check_grounded', 'grounded_lm',
+           'imagine_stage']
 
 # %% ../../nbs/run/30_stages.ipynb #422193b4
 def collect_stage(run: Run) -> None:
@@ -72,11 +73,18 @@ def ground_stage(run: Run) -> None:
     _grounded(run, p.ground, run.out/"grounded", p.rollouts)
 
 
+def check_grounded(folder: Path) -> None:
+    "`FileNotFoundError` or `ValueError` unless a whole grounded model lies there."
+    load_json(folder/"kalm.json")
+    load_tensors(folder/"model.safetensors")
+
+
 def _grounded(run: Run, config: GroundConfig, folder: Path, n: int) -> None:
     "Ground a model in `folder` on the first `n` real rollouts, if it is not there already."
-    if not (folder/"kalm.json").exists():
+    if not whole(check_grounded, folder):
+        set_aside(run, folder/"state.safetensors", load_state, STATE_FORMAT)
         ground(run.domain, real_rollouts(run)[:n], config, out=folder, max_minutes=run.minutes_left())
-    if not (folder/"kalm.json").exists():
+    if not whole(check_grounded, folder):
         raise Stopped()
 
 # %% ../../nbs/run/30_stages.ipynb #4e5582ba
@@ -98,24 +106,33 @@ def imagine_stage(run: Run) -> None:
     lm = None
     for level, plan in run.preset.imagined.items():
         folder = run.out/"imagined"/level
-        if not (folder/"quality.json").exists():
+        if not whole(_imagined_level, folder):
             lm = lm or grounded_lm(run)
             _imagine_level(run, lm, level, plan, folder)
         run.say(f"  {level}: " + _summary(load_json(folder/"quality.json")))
 
 
+def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:
+    "What a level's folder promises."
+    return Rollouts.load(folder/"rollouts.npz"), load_json(folder/"quality.json")
+
+
 def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Path) -> None:
     "All shards of a level; those that passed the filter, made possible where they were not."
     raw, passed = _shards(run, lm, level, plan, folder)
+    counts = dict(imagined=len(raw), distrusted=int((~passed).sum()))
+    if plan.tries:
+        judged = np.array([bool(run.domain.words.checked_by(goal)) for goal in raw.goals], bool)
+        counts["not_judged"] = int((~judged[raw.goal]).sum())
     if not passed.any():
         run.say(f"  {level}: no rollout passed the round trip, so all are kept")
         passed[:] = True
-    kept, counts = raw[np.flatnonzero(passed)], {}
+    kept = raw[np.flatnonzero(passed)]
     if run.domain.limits is not None:
-        kept, counts = repair_unreal(kept, run.domain)
+        kept, repaired = repair_unreal(kept, run.domain)
+        counts |= repaired
     kept.save(folder/"rollouts.npz")
-    worth = asdict(quality(kept, run.domain)) | dict(imagined=len(raw), distrusted=int((~passed).sum())) | counts
-    save_json(folder/"quality.json", worth)
+    save_json(folder/"quality.json", asdict(quality(kept, run.domain)) | counts)
 
 
 def _summary(q: dict) -> str:
@@ -131,20 +148,31 @@ def _shards(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Path) -> t
     goals, seed, n = run.domain.goals(level), run.preset.seed, plan.rollouts
     index = np.resize(numpy_rng(seed, "imagine", level).permutation(len(goals)), n)
     seeds = start_seeds(seed, n, "imagine", level)
-    shards, passed = [], []
-    with tqdm(total=n, desc=f"imagining {level}", unit="rollout", disable=None) as bar:
+    shards, passed, model = [], [], digest_of_tensors(lm.own_parameters())[:24]
+    with progress_bar(n, f"imagining {level}", "rollout") as bar:
         for k, first in enumerate(range(0, n, SHARD)):
             rows = slice(first, first + SHARD)
             path, marks = folder/"shards"/f"{k:05d}.npz", folder/"shards"/f"{k:05d}.json"
-            if not marks.exists():
+            if not whole(_marked, path, marks, model, len(index[rows])):
                 run.minutes_left()
                 made, ok = _imagine_shard(run, lm, goals, plan, index[rows], seeds[rows])
                 made.save(path)
-                save_json(marks, dict(passed=ok.tolist()))
-            shards.append(Rollouts.load(path))
-            passed += load_json(marks)["passed"]
+                save_json(marks, dict(passed=ok.tolist(), rollouts=made.digest(), model=model))
+            made, ok = _marked(path, marks, model, len(index[rows]))
+            shards.append(made)
+            passed += ok
             bar.update(len(shards[-1]))
     return Rollouts.concat(shards), np.array(passed, bool)
+
+
+def _marked(path: Path, marks: Path, model: str, n: int) -> tuple[Rollouts, list[bool]]:
+    "A shard and which of it passed; `ValueError` unless this model imagined these very rollouts."
+    made, about = Rollouts.load(path), load_json(marks)
+    expected = dict(rollouts=made.digest(), model=model) if "model" in about else {}   # older ones do not say
+    passed, foreign = about.get("passed", []), any(about.get(k) != v for k, v in expected.items())
+    if foreign or len(made) != n or len(passed) != n or {*map(type, passed)} != {bool}:
+        raise ValueError(f"{marks} is not about the rollouts of {path} and this model")
+    return made, passed
 
 
 def _imagine_shard(run: Run, lm: KalmLM, goals: list[Goal], plan: Imagined, index: np.ndarray, seeds: np.ndarray

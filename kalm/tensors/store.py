@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core.files import atomic_write, check_sha256, entropy, sha256
+from ..core.files import atomic_write, check_sha256, digest_of, entropy, sha256
 
 # %% auto #0
-__all__ = ['torch_rng', 'fast_dtype', 'one_thread', 'save_tensors', 'load_tensors', 'read_header', 'digest_of_tensors',
-           'save_state', 'load_state']
+__all__ = ['torch_rng', 'fast_dtype', 'one_thread', 'save_tensors', 'load_tensors', 'check_finite_tensors', 'read_header',
+           'read_about', 'digest_of_tensors', 'save_state', 'load_state']
 
 # %% ../../nbs/tensors/10_store.ipynb #47f50815
 def torch_rng(seed: int, *names: str | int, device: str = "cpu") -> torch.Generator:
     "The torch stream called `names` under `seed`, on `device`."
-    state = np.random.SeedSequence(entropy(int(seed), names)).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(entropy(seed, names)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))  # manual_seed takes 63 bits
 
 # %% ../../nbs/tensors/10_store.ipynb #9bab4e3a
@@ -50,20 +50,23 @@ def one_thread(device: str | torch.device = "cpu") -> Iterator[None]:
 # %% ../../nbs/tensors/10_store.ipynb #24790d7e
 def save_tensors(path: str | Path,
                  tensors: dict[str, Tensor],
-                 metadata: dict[str, str] | None = None # into the header of the file
+                 about: dict | None = None # JSON, into the header of the file
                 ) -> None:
     """Write tensors as safetensors, atomically, with a SHA-256 beside them.
 
     Parameters
     ----------
-    metadata
-        into the header of the file
+    about
+        JSON, into the header of the file
     """
     path = Path(path)
     side = path.with_name(path.name + ".sha256")
     old = side.read_text().split()[:1] if side.exists() else []
+    kept = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    check_finite_tensors(kept, str(path))
+    check = digest_of(dict(about or {}, tensors=digest_of_tensors(kept)))
     with atomic_write(path) as tmp:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, tmp, metadata=metadata)
+        save_file(kept, tmp, metadata={"kalm": json.dumps(dict(about or {}, check=check))})
         digest = sha256(tmp)
         with atomic_write(side) as t:
             t.write_text("\n".join([digest, *old]) + "\n")
@@ -75,10 +78,17 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
     "Read safetensors; `ValueError` if the file is damaged or differs from its SHA-256."
     path = Path(path)
     check_sha256(path)
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as e:
-        raise ValueError(f"{path} is not a valid safetensors file: {e}") from None
+    about, tensors = read_about(path), load_file(path)
+    if (check := about.pop("check", None)) and check != digest_of(dict(about, tensors=digest_of_tensors(tensors))):
+        raise ValueError(f"{path} differs from the checksum in its header: damaged or changed; make it again")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def check_finite_tensors(tensors: dict[str, Tensor], what: str) -> None:
+    "`ValueError` for NaN or infinity among the weights of `what`: such a model is not stored."
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{what}: {name} holds NaN or infinity, nothing is stored; use smaller learning rates")
 
 # %% ../../nbs/tensors/10_store.ipynb #ac4f6fc7
 def read_header(path: str | Path,
@@ -91,17 +101,24 @@ def read_header(path: str | Path,
     format
         what kind of file it has to be
     """
+    about = read_about(path)
+    if about.get("format") != format:
+        raise ValueError(f"{path} is not a {format} file: delete it and make it again")
+    return {name: value for name, value in about.items() if name != "check"}
+
+
+def read_about(path: str | Path) -> dict:
+    "The JSON under `kalm` in a safetensors header, empty if there is none; `ValueError` if the file is damaged."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, "pt") as f:
             about = json.loads((f.metadata() or {}).get("kalm", "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): damaged or another kind of file") from None
-    if not isinstance(about, dict) or about.get("format") != format:
-        raise ValueError(f"{path} is not a {format} file")
-    return about
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): damaged or another kind of file; delete it and make it "
+                         "again") from None
+    return about if isinstance(about, dict) else {}
 
 # %% ../../nbs/tensors/10_store.ipynb #21ac2c90
 def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
@@ -119,7 +136,7 @@ def save_state(path: str | Path,
                about: dict,  # JSON: how far the training is, what it was asked for
                format: str   # kind of file, for `load_state`
               ) -> None:
-    """Everything that a training continues from, in one atomic file with a checksum of its tensors.
+    """Everything that a training continues from, in one atomic file with checksums of all of it.
 
     Parameters
     ----------
@@ -130,7 +147,9 @@ def save_state(path: str | Path,
     """
     # cloned, since safetensors refuses tensors that share memory
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    check_finite_tensors(kept, str(path))
     header = dict(about, format=format, tensors=digest_of_tensors(kept))
+    header["check"] = digest_of(header)
     with atomic_write(path) as tmp:
         save_file(kept, tmp, metadata={"kalm": json.dumps(header)})
 
@@ -142,6 +161,7 @@ def load_state(path: str | Path, format: str) -> tuple[dict[str, Tensor], dict]:
         tensors = load_file(path)
     except SafetensorError as e:
         raise ValueError(f"{path} is not a valid safetensors file: {e}") from None
-    if header.get("tensors") != digest_of_tensors(tensors):
+    check = read_about(path).get("check")   # older files have none
+    if header.get("tensors") != digest_of_tensors(tensors) or check not in (None, digest_of(header)):
         raise ValueError(f"{path} differs from its checksum: damaged or changed; delete it to start over")
     return tensors, {k: v for k, v in header.items() if k not in ("format", "tensors")}

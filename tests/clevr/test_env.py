@@ -547,3 +547,27 @@ def test_physics_works_whatever_opengl_says(gl):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(("drawn (240, 320, 3)", "refused: drawing needs OpenGL")), done.stdout
     assert gl != "disable" or "apt-get install" in done.stdout
+
+
+def test_balls_beyond_the_walls_are_refused_everywhere():
+    "MuJoCo would put them elsewhere without a word, other balls too."
+    goals, states = [move("red", "blue", "left")], P.initial_states(2, np.random.default_rng(0))
+    for where in (5., 1e10):
+        far = states.copy()
+        far[1, 0] = where
+        with pytest.raises(ValueError, match="outside the walls"):
+            P.ClevrSimulator(goals, np.zeros(2, int), far)
+        with pytest.raises(ValueError, match="outside the walls"):
+            gym.make("kalm/ClevrRobot-v0").reset(options=dict(state=far[1]))
+
+
+def test_physics_that_the_engine_gives_up_on_are_refused():
+    physics = P.physics_of(P.initial_states(2, np.random.default_rng(0)))
+    physics[1, 0] = 1e10
+    with pytest.raises(ValueError, match="cannot carry on"):
+        P.Physics(1).step(physics, np.zeros(2, int))
+
+
+def test_seeds_of_rows_are_whole_numbers():
+    with pytest.raises(ValueError, match="seed 1.7: expected a whole number"):
+        E.ClevrRobotVectorEnv(2).reset(seed=1.7)

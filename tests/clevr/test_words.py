@@ -6,6 +6,7 @@ from kalm.clevr.goals import COLOURS, COMPASS, COMPASS_VECTORS, LEVELS, all_of, 
 from kalm.clevr.sentences import goal_set
 from kalm.clevr.words import MOVED, PROMPTS, ClevrWords, named, read, score_explanations
 from kalm.core.files import numpy_rng
+from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
 
 WORDS = ClevrWords()
@@ -158,9 +159,11 @@ def test_meanings_agree_where_they_hold_in_the_same_states():
     (push("red", "left"), "caption"), (move("red", "blue", "left"), "explanation"), (line_up(), ""),
     (gather("green"), ""),
     (all_of([move("red", "blue", "left"), move("cyan", "red", "right")]), ""),
-    (push("red", "left", text="Red, blue: left."), "explanation"), (push("red", "left").replace(max_steps=2), ""),
-    (push("red", "left", text="Do something."), "")])
-def test_how_goals_are_checked_depends_on_sentence_and_limit(goal, how):
+    (push("red", "left", text="Red, blue: left."), ""), (push("red", "left").replace(max_steps=2), ""),
+    (push("red", "left", text="Do something."), ""), (line_up("Red, blue, and the left wall."), ""),
+    (Goal("Open the green door in the cyan wall on the right."), ""),
+    (Goal("Open the red door in the blue wall, left.", task={"type": "open"}), "")])
+def test_goals_are_checked_where_words_and_task_can_be_compared(goal, how):
     assert WORDS.checked_by(goal) == how
 
 

@@ -367,3 +367,8 @@ def test_rng_streams_of_chunks_differ(small_shards):
     evaluate(policy, line(), [g.replace(max_steps=1) for g in GOALS], 12)
     assert len(set(draws)) == 3
     assert draws[0] == numpy_rng(0, "evaluate", "policy", 0).random()
+
+
+def test_an_unknown_goal_counts_for_none():
+    with pytest.raises(ValueError, match="goal index from -1"):
+        Evaluation((Goal("Go."),), np.array([0, -1]), np.array([True, False]), np.array([1, 1]))

@@ -46,7 +46,7 @@ def test_streams_repeat_and_differ():
 
 
 def test_negative_seeds_are_refused():
-    with pytest.raises(ValueError, match="seed -1: expected 0 or more"):
+    with pytest.raises(ValueError, match="seed -1: expected a whole number, at least 0"):
         numpy_rng(-1, "a")
 
 
@@ -395,3 +395,75 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("KALM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"xdg"))
     assert cache_dir() == tmp_path/"xdg"/"kalm"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "{", "\udcff"], ids=["deep", "long", "open", "no_text"])
+def test_json_beyond_reason_names_the_file_and_a_remedy(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="x.json is not valid JSON .*delete it to have it made again"):
+        load_json(path)
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n3\n", b"a,b\n1,2,3\n", b"a,b\n\xff,1\n"])
+def test_tables_that_are_none_name_the_file_and_a_remedy(content, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.csv .*delete it to have it made again"):
+        read_csv(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="x.csv is another table .*KeyError: 'step'"):
+        cut_csv(path, lambda row: int(row["step"]) < 3)
+
+
+def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*x.json: No space left on device"):
+        save_json(tmp_path / "x.json", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_folders_have_ordinary_permissions_and_a_rival_wins(tmp_path):
+    before = os.umask(0o022)
+    try:
+        out = files.publish(lambda stage: (stage / "a").mkdir() or (stage / "a" / "f").touch(0o600), tmp_path / "out")
+        assert [p.stat().st_mode & 0o777 for p in (out, out / "a", out / "a" / "f")] == [0o755, 0o755, 0o644]
+        save_json(tmp_path / "x.json", 1)
+        assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_leftovers_of_killed_processes_are_swept(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in (".x.json.abc.tmp", "data/.y.npz.abc.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".stage1").mkdir()
+    (tmp_path / "x.json").touch()
+    files.sweep(tmp_path, older=3600)
+    assert len(list(tmp_path.rglob("*"))) == 5
+    files.sweep(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*")} == {"x.json", "data"}
+
+
+def test_a_cache_that_cannot_be_made_is_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert files.cache_dir().is_dir() and files.cache_dir().parent == tmp_path
+    assert "cannot use the cache folder" in capsys.readouterr().err
+
+
+def test_seeds_with_fractions_are_refused():
+    for seed in (.7, "3", True, float("nan")):
+        with pytest.raises(ValueError, match="expected a whole number, at least 0"):
+            numpy_rng(seed, "a")
+
+
+def test_other_settings_say_which(tmp_path):
+    claim(tmp_path, dict(seed=0, ground=dict(lr=1e-3, adapter=dict(rank=4))), "a run")
+    with pytest.raises(ValueError, match=r"\(ground.adapter.rank was 4, is 8\)"):
+        claim(tmp_path, dict(seed=0, ground=dict(lr=1e-3, adapter=dict(rank=8))), "a run")

@@ -263,3 +263,17 @@ def test_actions_out_of_range(continuous, actions, message):
         simulator.step([0], actions)
     with pytest.raises(ValueError, match=message):
         play(d, d.goals("offline"), [0], simulator, lambda sim, rows, t: np.array(actions))
+
+
+@pytest.mark.parametrize("answer", ["False", -.3, 2])
+def test_answers_that_are_neither_yes_nor_no_are_refused(answer):
+    "The text `False` is true to Python, and would be a success."
+    start = np.zeros((1, 1), np.float32)
+    d = GymDomain(Scripted, GO, lambda goal, states, s0: np.full(states.shape[:-1], answer), max_steps=5)
+    with pytest.raises(ValueError, match="expected yes or no"):
+        judge_success(d, d.goals("offline"), [0], start, start)
+    told = GymDomain(lambda: Scripted(success=answer), GO, max_steps=5)
+    ended = GymDomain(lambda: Scripted(terminated=answer), GO, "terminated", max_steps=5)
+    for d in (told, ended):
+        with pytest.raises(ValueError, match="expected yes or no"):
+            collect(d, d.goals("offline"), 1, keep_failures=True)

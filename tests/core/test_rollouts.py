@@ -463,3 +463,25 @@ def test_it_describes_itself():
     text = r._repr_markdown_()
     for part in ("6 (6 real) of made up", f"{r.failure.sum()} failure", "| goals | 3 different |"):
         assert part in text
+
+
+def test_rows_of_several_types_are_not_cut_to_the_first():
+    "A narrow first row, an empty one, whole numbers before fractions: all come back as they are, or are refused."
+    def two(a, b):
+        rows = [Rollout(np.zeros((len(x) + 1, 2)), np.asarray(x), np.zeros(len(x))) for x in (a, b)]
+        return Rollouts.from_list(rows)
+
+    assert two(np.array([1], np.int8), [70000]).actions.max() == 70000
+    with pytest.raises(ValueError, match="negative"):
+        two(np.array([1], np.uint8), [-1])
+    assert two(np.zeros(0), [3]).actions.max() == 3
+    with pytest.raises(ValueError, match="whole numbers"):
+        two([1], [1.72])
+    continuous = two(np.array([[1]]), np.array([[.72]])).actions
+    np.testing.assert_allclose(continuous[:, 0, 0], [1, .72])
+
+
+def test_pieces_are_whole_numbers():
+    r = Rollouts(np.zeros((1, 4, 2)), np.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="a piece holds values that are not whole numbers"):
+        r.pieces([.9], [1.5], [2.9])

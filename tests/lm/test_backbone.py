@@ -10,9 +10,9 @@ import pytest
 import torch
 from architectures import byte_tokenizer, tiny_model
 
+from kalm.core import files
 from kalm.lm.backbone import (
     Adapter,
-    _publish,
     add_lora,
     backbone_folder,
     beginning_of_text,
@@ -96,7 +96,7 @@ def test_two_processes_may_build_the_cache_at_once(tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "x").write_text("rival")  # the rival finishes first
 
-    assert (_publish(build, tmp_path / "out") / "x").read_text() == "rival"
+    assert (files.publish(build, tmp_path / "out") / "x").read_text() == "rival"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -106,7 +106,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        _publish(broken, tmp_path / "other")
+        files.publish(broken, tmp_path / "other")
     assert not list(tmp_path.iterdir())
 
 
@@ -211,5 +211,5 @@ def test_a_model_without_linear_layers_is_not_adapted():
 
 
 def test_bad_ranks():
-    with pytest.raises(ValueError, match="rank 0: expected 1 or more"):
+    with pytest.raises(ValueError, match="rank 0: expected a whole number, at least 1"):
         Adapter(rank=0)

@@ -113,7 +113,7 @@ def lively(domain, rollouts) -> KalmLM:
         (dict(bf16="yes"), "bf16 'yes'"),
         (dict(adapter=4), "adapter 4: expected Adapter"),
         (dict(adapter=dict(rank=0)), "rank 0"),
-        (dict(adapter=Adapter(rank=math.nan)), "rank nan"),
+        (dict(adapter=dict(rank=math.nan)), "rank nan"),
         (dict(scratch=True, start="shipped"), "scratch"),
         (dict(task_weights=(1.0, 1.0)), r"task_weights \(1.0, 1.0\)"),
         (dict(task_weights=dict(explain=math.nan)), "explain nan"),

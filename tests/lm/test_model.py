@@ -15,7 +15,7 @@ from kalm.core.files import numpy_rng, sha256
 from kalm.lm.backbone import backbone_folder, load_backbone
 from kalm.lm.maps import Normaliser
 from kalm.lm.model import ACTION, FORMAT, PAD, STATE, TEXT, Adapter, KalmLM, tree_attention_mask, upgrade_header
-from kalm.tensors.store import torch_rng
+from kalm.tensors.store import load_tensors, save_tensors, torch_rng
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -602,8 +602,18 @@ def test_a_header_that_is_no_header_is_refused(content, saved):
         KalmLM.from_pretrained(saved[1])
 
 
-def test_unknown_keys_in_a_header_do_nothing(saved, tmp_path):
+def test_a_changed_header_is_refused(saved):
     path = saved[1]/"kalm.json"
+    about = json.loads(path.read_text())
+    about["normaliser"]["mean"][0] -= 9
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="kalm.json differs from what .* was stored with"):
+        KalmLM.from_pretrained(saved[1])
+
+
+def test_unknown_keys_in_a_header_do_nothing(saved, tmp_path):
+    path, weights = saved[1]/"kalm.json", saved[1]/"model.safetensors"
+    save_tensors(weights, load_tensors(weights))   # as of a version that did not keep the header's digest
     more = dict(trust_remote_code=True, auto_map={"AutoModel": "evil.py"}, path=str(tmp_path))
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     assert equal(own(KalmLM.from_pretrained(saved[1])), own(saved[0]))

@@ -297,7 +297,7 @@ def test_threads_are_given_back():
         (lambda out: BC().fit(replay(3), steps=2, seed=[], out=out), "seeds"),
         (lambda out: BC().fit(replay(3), steps=2, seed=[1, 1], out=out), "no two alike"),
         (lambda out: BC(batch_size=5).fit(replay(3, 3), steps=2, out=out), "even"),
-        (lambda out: Every(log=0), "every 0 steps a log"),
+        (lambda out: Every(log=0), "log 0: expected a whole number"),
         (lambda out: Every(callback=0), "at least 1"),
     ],
 )

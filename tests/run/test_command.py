@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -60,14 +61,16 @@ def test_a_policy_of_a_run_acts_on_a_sentence(clevr_run):
 def test_a_stage_says_what_it_needs(tmp_path, capsys):
     args = ["--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]
     assert main(["train", *args]) == 1
-    assert "run `kalm collect` first" in capsys.readouterr().err
+    assert f"run `kalm collect {shlex.join(args)}` first" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()   # a wrong --out creates nothing
 
 
 def test_a_folder_is_the_place_of_one_run(tmp_path, capsys):
     args = ["collect", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]
     assert main(args) == 0
     assert main([*args, "--seed", "3"]) == 1
-    assert "holds a run with other settings" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "holds a run with other settings" in err and "ground.seed was 0, is 3" in err and err.count("was") == 2
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
@@ -95,6 +98,8 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_continues(tmp_path, cap
         (["run", "--domain", "worlds:SENTENCES"], "is not a domain"),
         (["run", "--seed", "-1"], "--seed -1: expected 0 or more"),
         (["run", "--max-minutes", "nan"], "--max-minutes nan: expected more than 0"),
+        (["run", "--preset", "smoke", "--backbone", "nonsense"], "no causal language model 'nonsense'"),
+        (["evaluate", "--out", "typo"], "typo is not there"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(args, message, tmp_path, monkeypatch, capsys):
@@ -103,6 +108,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, message, tmp_path, monke
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_run_folder(tmp_path, capsys):
+    (tmp_path / "r").write_text("")
+    assert main(["collect", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path / "r")]) == 1
+    assert "is a file: expected a folder" in capsys.readouterr().err
+
+
+def test_what_a_domain_does_not_have_is_refused_before_anything_is_written(tmp_path):
+    p, d = preset(domain("worlds:discrete_line"), "smoke"), domain("worlds:discrete_line")
+    wrong = [(dict(behaviour="expert"), "behaviour 'expert'"), (dict(baselines=("orcale",)), "baseline 'orcale'")]
+    wrong += [(dict(imagined=dict(hard=Imagined(4))), "level 'hard'")]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"asks for {message}, domain 'discrete_line' has"):
+            Run(replace(p, **change), d, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_version_is_told_and_the_package_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "kalm", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith(f"kalm {kalm.__version__}") and done.returncode == 0
+
+
+def test_the_commit_is_that_of_kalm_and_no_other(tmp_path, monkeypatch):
+    "Installed inside somebody's repository, kalm does not take their commit for its own."
+    from kalm.run import folder
+
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    package = tmp_path / "venv" / "site-packages" / "kalm"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(folder.kalm, "__file__", str(package / "__init__.py"))
+    assert folder.commit() == ""
 
 
 def test_options_reach_the_preset():

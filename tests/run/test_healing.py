@@ -1,0 +1,81 @@
+"A stage looks at everything it promises: what is missing or damaged is made again, by the command that made it."
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kalm.core.files import load_json, save_json
+from kalm.core.results import read_results
+from kalm.run.command import main
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+ARGS = ["run", "--domain", "worlds:discrete_line", "--preset", "smoke", "--out"]
+PROMISED = ["data/rollouts.npz", "grounded/kalm.json", "grounded/model.safetensors", "grounded/state.safetensors"]
+PROMISED += [f"imagined/rephrase/{name}" for name in ("rollouts.npz", "quality.json", "shards/00000.npz")]
+PROMISED += ["policies/bc-0/step-40/policy.safetensors", "policies/cql+kalm-rephrase-0/step-40/policy.safetensors"]
+PROMISED += ["policies/bc/training.safetensors", "acted/bc/offline.npz"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, session_cache) -> Path:
+    "A whole run, in this process."
+    patch = pytest.MonkeyPatch()
+    patch.setenv("KALM_CACHE", str(session_cache))
+    patch.setattr("kalm.run.policies.os.cpu_count", lambda: 1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*ARGS, str(out)]) == 0
+    patch.undo()
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch) -> Path:
+    "A copy of it."
+    monkeypatch.setattr("kalm.run.policies.os.cpu_count", lambda: 1)
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def rows(out: Path) -> list[tuple]:
+    return sorted(tuple(r.values()) for r in read_results(out / "results.csv"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 16
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip], ids=["missing", "cut", "flipped"])
+def test_whatever_is_lost_is_made_again(damage, run, finished):
+    for name in PROMISED:
+        damage(run / name)
+    assert main([*ARGS, str(run)]) == 0
+    assert rows(run) == rows(finished)
+    for name in PROMISED:
+        if "state" not in name and name != "policies/bc/training.safetensors":   # a finished job needs them no more
+            assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "stage, name", [("train", "policies/bc-0/step-40"), ("imagine", "imagined"), ("ground", "grounded")]
+)
+def test_the_stage_that_a_message_names_is_the_remedy(stage, name, run):
+    shutil.rmtree(run / name)
+    assert main([stage, *ARGS[1:], str(run)]) == 0
+    assert (run / name).exists()
+
+
+def test_shards_of_another_model_or_of_other_rollouts_are_made_again(run, finished):
+    marks = run / "imagined" / "rephrase" / "shards" / "00000.json"
+    for change in (dict(model="another"), dict(rollouts="others"), dict(passed=["False"] * 8), dict(passed=[True])):
+        shutil.copytree(finished / "imagined", run / "imagined", dirs_exist_ok=True)
+        (run / "imagined" / "rephrase" / "quality.json").unlink()
+        save_json(marks, load_json(marks) | change)
+        assert main(["imagine", *ARGS[1:], str(run)]) == 0
+        assert load_json(marks) == load_json(finished / "imagined" / "rephrase" / "shards" / "00000.json")
