@@ -27,7 +27,7 @@ class DiscreteActions:
     n: int  # at least 1
 
     def __post_init__(self):
-        if not isinstance(self.n, (int, np.integer)) or self.n < 1:
+        if not isinstance(self.n, (int, np.integer)) or isinstance(self.n, bool) or self.n < 1:
             raise ValueError(f"{self.n!r} actions: expected a whole number, at least 1")
 
     @property

@@ -50,6 +50,9 @@ class Features:
             pairs = tuple(tuple(whole_number(name, i) for i in pair) for pair in getattr(self, name))
             object.__setattr__(self, name, pairs)
         object.__setattr__(self, "angles", tuple(whole_number("angles", i) for i in self.angles))
+        if any(len(pair) != 2 for pair in (*self.points, *self.one_of)) or any(n < 1 for _, n in self.one_of):
+            raise ValueError(f"features {self}: expected points of two coordinates, and one_of (coordinate, n) with n "
+                             "at least 1")
         named = self.coordinates
         if len(set(named)) < len(named) or min(named, default=0) < 0:
             raise ValueError(f"features name the coordinates {sorted(named)}: expected each once, numbered from 0")
@@ -85,6 +88,12 @@ class Limits:
             raise ValueError(f"limits of {len(self.low)} and {len(self.high)} coordinates: expected (S,) both")
         if self.step and len(self.step) != len(self.parts):
             raise ValueError(f"{len(self.parts)} parts with {len(self.step)} steps: expected one step for each part")
+        low, high, step = (np.asarray(x, np.float64) for x in (self.low, self.high, self.step))
+        if not (low <= high).all() or not (step >= 0).all():   # NaN is neither
+            raise ValueError(f"limits {self.low} to {self.high}, steps {self.step}: expected low below high, and steps "
+                             "of 0 or more")
+        if not all(0 <= i < len(low) for part in self.parts for i in part):
+            raise ValueError(f"parts {self.parts} of limits: expected coordinates 0 to {len(low) - 1}")
 
     def outside(self, states: np.ndarray) -> np.ndarray: # (..., S) -> (...) bool
         """Whether any coordinate is out of bounds.

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .domain import Behaviour, Domain, Simulator, behaviour_of, check_domain, codec_of
 from .files import claim, digest_of, numpy_rng, start_seeds
-from .goals import Goal, balanced, check_index, in_turn
+from .goals import Goal, balanced, check_goals, check_index, in_turn
 from .progress import progress_bar
 from .results import wilson
 from .rollouts import REAL, Rollouts
@@ -279,7 +279,7 @@ def collect(domain: Domain,
     Rollouts
         fewer than `n` if it was stopped: call again with the same `out`
     """
-    goals, options = list(goals), CollectOptions(**options)
+    goals, options, n = check_goals(goals), CollectOptions(**options), whole_number("n", n)
     if not goals or n < 1:
         raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")
     name, behaviour = behaviour_of(check_domain(domain), policy)
@@ -471,7 +471,7 @@ def evaluate(policy,                # has act(states (B, S), texts (B,), rng) ->
     record
         keep the episodes, as `rollouts`
     """
-    goals = list(goals)
+    goals, episodes = check_goals(goals), whole_number("episodes", episodes)
     check_domain(domain)
     if not goals or episodes < 1:
         raise ValueError(f"{len(goals)} goals, {episodes} episodes: expected at least one of each")

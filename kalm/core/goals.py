@@ -15,7 +15,8 @@ import numpy as np
 from .files import load_json, save_json
 
 # %% auto #0
-__all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_from_json', 'in_turn', 'by_task', 'balanced', 'check_index']
+__all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_from_json', 'in_turn', 'by_task', 'balanced', 'check_goals',
+           'check_index']
 
 # %% ../../nbs/core/20_goals.ipynb #4cbf71ee
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _check_goal(g: Goal) -> None:
         raise ValueError(f"a goal needs a sentence, got {g.text!r}: give text='...'")
     if not (isinstance(g.level, str) and g.level and isinstance(g.kind, str)):
         raise ValueError(f"level {g.level!r} and kind {g.kind!r} of goal {g.text!r}: expected words")
-    if not isinstance(g.max_steps, (int, np.integer)) or g.max_steps < 1:
+    if not isinstance(g.max_steps, (int, np.integer)) or isinstance(g.max_steps, bool) or g.max_steps < 1:
         raise ValueError(f"max_steps {g.max_steps!r} of goal {g.text!r}: expected a whole number, at least 1")
     if not isinstance(g.task, dict):
         raise ValueError(f"task {g.task!r:.80} of goal {g.text!r}: expected a dictionary")
@@ -203,6 +204,15 @@ def balanced(goals: Sequence[Goal],    # at least one
     return np.concatenate(picks)[:n].astype(np.int64)
 
 # %% ../../nbs/core/20_goals.ipynb #f411f4cd
+def check_goals(goals: Sequence[Goal]) -> list[Goal]:
+    "The goals as a list; `ValueError` for anything else among them."
+    goals = list(goals)
+    for i, goal in enumerate(goals):
+        if not isinstance(goal, Goal):
+            raise ValueError(f"goal {i} is {goal!r:.60}: expected a Goal; give Goal(text)")
+    return goals
+
+
 def check_index(goals: Sequence[Goal], # what the index points into
                 index,                 # one whole number a row
                 n: int,                # rows

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .actions import Actions, actions_from_spec
 from .files import atomic_write, digest_of
-from .goals import FORMAT as GOAL_FORMAT
+from .goals import FORMAT as GOAL_FORMAT, check_goals
 from .goals import Goal, goals_from_json
 
 # %% auto #0
@@ -123,7 +123,7 @@ class Rollouts:
     domain: str = ""                 # name of the domain, where it is known
 
     def __post_init__(self):
-        object.__setattr__(self, "goals", tuple(self.goals))
+        object.__setattr__(self, "goals", tuple(check_goals(self.goals)))
         arrays = _typed({name: getattr(self, name) for name in ARRAYS})
         _check_shapes(arrays)
         _check_rows(arrays, len(self.goals))

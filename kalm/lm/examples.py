@@ -17,7 +17,7 @@ from ..core.domain import Words
 from ..core.files import numpy_rng
 from ..core.rollouts import Rollouts
 from .model import PAD, KalmLM
-from .sequences import NOTHING, WORD, Sequence, Writer
+from .sequences import ACT, DONE, JUMP, NOTHING, STEP, WORD, Sequence, Writer
 from .settings import TASKS, GroundConfig
 from kalm.lm.tasks import (
     Caption,
@@ -35,7 +35,7 @@ from kalm.lm.tasks import (
 
 
 # %% auto #0
-__all__ = ['PASSAGE', 'pack', 'collate', 'Planned', 'Examples']
+__all__ = ['PASSAGE', 'pack', 'collate', 'Planned', 'Examples', 'asked_for']
 
 # %% ../../nbs/lm/46_examples.ipynb #dd260fcb
 def pack(lengths: list[int], width: int) -> list[list[int]]: # indices of the sequences in each row
@@ -198,13 +198,21 @@ def _planned(examples: Examples, rng: np.random.Generator) -> list[list[Planned]
 
 # %% ../../nbs/lm/46_examples.ipynb #4ef0bed3
 @patch
-def candidates(self: Examples, batch: dict[str, Tensor], position: tuple[int, int]) -> dict[str, Tensor]:
+def candidates(self: Examples, batch: dict[str, Tensor], position: tuple[int, int],
+               used: Tensor | None = None # (U,) words that are asked for in all processes; the batch's own if not given
+              ) -> dict[str, Tensor]:
     """The words that a batch asks for among some random others.
 
     `candidates` (C,) token ids; `answer` (B, L), where a word is asked for its place among them; `log_count` (C,),
-    the logarithm of how many words of the vocabulary each stands for."""
+    the logarithm of how many words of the vocabulary each stands for.
+
+    Parameters
+    ----------
+    used
+        (U,) words that are asked for in all processes; the batch's own if not given
+    """
     asked = batch["ask"] == WORD
-    used = batch["answer"][asked].unique()
+    used = batch["answer"][asked].unique() if used is None else used
     drawn = numpy_rng(self.config.seed, "words", *position).integers(0, self.vocabulary, self.config.negatives)
     others = torch.from_numpy(drawn)
     others = others[~torch.isin(others, used)]
@@ -219,13 +227,36 @@ def at(self: Examples, position: tuple[int, int], # (epoch, index)
        rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """A batch, or a process's share of it; see `collate` and `candidates`.
 
+    `asked` (5,) says how much the batch asks for in all processes together, see `asked_for`: losses are sums divided
+    by that, whatever share of it a process has.
+
     Parameters
     ----------
     position
         (epoch, index)
     """
-    planned = self.plan(position[0])[position[1]]
-    planned = planned[rank::world] if len(planned) >= world else [planned[rank % len(planned)]]
+    written = [self.write(p) for p in self.plan(position[0])[position[1]]]
     action_dim = self.codec.shape[0] if self.codec.shape else 0
-    batch = collate([self.write(p) for p in planned], self.state_dim, action_dim, self.config.width)
-    return batch | self.candidates(batch, position) if self.config.negatives else batch
+    batch = collate(written[rank::world] or written[:1], self.state_dim, action_dim, self.config.width)
+    if rank >= len(written):   # more processes than sequences: this one reads, and learns nothing
+        batch["ask"].zero_()
+    tokens = [t for q in written for t in q.tokens]
+    ask, weight = torch.tensor([t.ask for t in tokens]), torch.tensor([float(t.weight) for t in tokens])
+    batch["asked"] = asked_for(ask, weight)
+    if not self.config.negatives:
+        return batch
+    used = torch.tensor([t.answer for t in tokens if t.ask == WORD], dtype=torch.int64).unique()
+    return batch | self.candidates(batch, position, used)
+
+
+def asked_for(ask: Tensor, weight: Tensor) -> Tensor: # (5,) float
+    """Weight of actions, number of steps, weight of words, number of whole changes, number of actions.
+
+    Returns
+    -------
+    Tensor
+        (5,) float
+    """
+    actions = (ask == ACT) | (ask == DONE)
+    sums = weight[actions].sum(), (ask == STEP).sum(), weight[ask == WORD].sum(), (ask == JUMP).sum(), actions.sum()
+    return torch.stack([s.float() for s in sums])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.domain import Domain, check_domain, codec_of, judge_reward, judge_success
 from ..core.episodes import play
 from ..core.files import numpy_rng, start_seeds
-from ..core.goals import Goal, check_index, in_turn
+from ..core.goals import Goal, check_goals, check_index, in_turn
 from ..core.progress import progress_bar
 from ..core.rollouts import IMAGINED, Rollouts
 from ..core.settings import check_numbers
@@ -25,8 +25,9 @@ from .model import ACTION, STATE, KalmLM
 from .sequences import Writer
 
 # %% auto #0
-__all__ = ['STOPS', 'Imagination', 'check_request', 'can_judge', 'stop_of', 'ActionChooser', 'goal_prompt', 'action_columns',
-           'Imagining', 'step_limits', 'imagined_rewards', 'imagined', 'generate', 'some_of', 'LMPolicy', 'act_in']
+__all__ = ['STOPS', 'Imagination', 'check_request', 'check_room', 'can_judge', 'stop_of', 'ActionChooser', 'goal_prompt',
+           'action_columns', 'Imagining', 'step_limits', 'imagined_rewards', 'imagined', 'generate', 'some_of',
+           'LMPolicy', 'act_in']
 
 # %% ../../nbs/lm/65_generate.ipynb #0c9d0761
 STOPS = ("success", "done", "limit")
@@ -92,7 +93,24 @@ def check_request(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index, stat
         raise ValueError(f"start states of shape {states.shape}: expected (B, {width})")
     if not np.isfinite(states).all():
         raise ValueError("start states hold NaN or infinity")
-    return check_index(goals, index, len(states)), states
+    return check_index(check_goals(goals), index, len(states)), states
+
+
+def check_room(lm: KalmLM, writer: Writer, goals: Sequence[Goal], index: np.ndarray, limit: np.ndarray) -> None:
+    "`ValueError` for a goal whose sentence and steps have more elements than the model has positions."
+    for i in np.unique(index):
+        steps = int(limit[index == i].max())
+        words = len(writer.start("generate", goals[i].text))
+        if words + 2 * steps + 1 > lm.max_length:
+            raise ValueError(f"goal {goals[i].text!r:.60} of {words} tokens, with {steps} steps: {lm.name} reads at "
+                             f"most {lm.max_length} elements; shorten the sentence, or give max_steps")
+
+
+def _check_rewards(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray) -> None:
+    "`ValueError` for a domain whose rewards are no numbers: better before anything is imagined than after."
+    rewards = judge_reward(domain, goals, index, states, states, states)
+    if rewards is not None and not np.isfinite(rewards).all():
+        raise ValueError(f"reward of domain {domain.name!r} gave NaN or infinity: expected finite numbers")
 
 
 def can_judge(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray) -> bool:
@@ -159,14 +177,15 @@ class Imagining:
                  settings: Imagination, streams: np.ndarray | None = None):
         self.lm, self.domain, self.goals, self.index, self.settings = lm, domain, list(goals), index, settings
         self.stop = stop_of(settings, can_judge(domain, goals, index, states))
-        self.limit = step_limits(goals, index, settings.max_steps)
+        self.writer, self.limit = Writer(lm), step_limits(goals, index, settings.max_steps)
+        check_room(lm, self.writer, goals, index, self.limit)
+        _check_rewards(domain, goals, index, states)
         n, longest = len(states), int(self.limit.max(initial=0))
         self.choose = ActionChooser(lm, settings, np.arange(n) if streams is None else streams, longest)
         self.states = np.zeros((n, longest + 1, states.shape[1]), np.float32)
         self.states[:, 0] = states
         self.actions = lm.codec.zeros(n, longest)
         self.lengths, self.success = np.zeros(n, np.int64), np.zeros(n, bool)
-        self.writer = Writer(lm)
 
     def run(self) -> None:
         "Imagine until every rollout is over."
@@ -309,6 +328,7 @@ class LMPolicy:
     def __init__(self, lm: KalmLM, goals: Sequence[Goal], index: np.ndarray, settings: Imagination,
                  streams: np.ndarray):
         self.lm, self.writer = lm, Writer(lm)
+        check_room(lm, self.writer, goals, index, step_limits(goals, index, None))
         self.texts = [goals[i].text for i in index]
         self.chooser = ActionChooser(lm, settings, streams, max((g.max_steps for g in goals), default=0))
         self.decoder = (CachedDecoder if settings.cached else UncachedDecoder)(lm, len(index))

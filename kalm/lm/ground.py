@@ -22,7 +22,7 @@ from ..core.files import append_csv, claim, cut_csv, digest_of, sha256
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
-from .examples import Examples
+from .examples import Examples, asked_for
 from .model import PAD, SHIPPED, KalmLM, Normaliser
 from .sequences import ACT, DONE, JUMP, STEP, WORD, prompts_of
 from .settings import GroundConfig
@@ -81,10 +81,17 @@ CONSEQUENCE_WEIGHT = .3  # there is no such task where the model is used
 class Grounder(nn.Module):
     """The model with its loss: batch -> (2, 6), the fields of `Losses` and how many tokens each is a mean of.
 
-    A module, so that it can be wrapped for several GPUs."""
-    def __init__(self, lm: KalmLM, text_weight: float = 1.):
+    A module, so that it can be wrapped for several GPUs.
+
+    Parameters
+    ----------
+    processes
+        that share a batch: their gradients are averaged, so each takes its share
+    """
+    def __init__(self, lm: KalmLM, text_weight: float = 1.,
+                 processes: int = 1): # that share a batch: their gradients are averaged, so each takes its share
         super().__init__()
-        self.lm, self.text_weight = lm, text_weight
+        self.lm, self.text_weight, self.processes = lm, text_weight, processes
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self.lm(batch["kind"], batch["ids"], batch["states"], batch.get("actions"),
@@ -93,8 +100,13 @@ class Grounder(nn.Module):
         text = self.text_loss(hidden, batch)
         state = self.change_loss(hidden, batch, STEP, self.lm.step_scale)
         consequence = self.change_loss(hidden, batch, JUMP, self.lm.jump_scale)
-        loss = action.loss + state + self.text_weight * text + CONSEQUENCE_WEIGHT * consequence
-        shown = [x.detach() for x in (action.loss, state, text, consequence, action.accuracy)]
+        here = asked_for(batch["ask"], batch["weight"])
+        share = torch.ones_like(here)
+        if self.processes > 1:
+            share = self.processes * here / batch["asked"].clamp(min=1e-6)
+        terms = share * torch.stack([action.loss, state, text, consequence, action.accuracy])
+        loss = terms[0] + terms[1] + self.text_weight * terms[2] + CONSEQUENCE_WEIGHT * terms[3]
+        shown = terms.detach()
         count = {ask: int((batch["ask"] == ask).sum()) for ask in (WORD, ACT, DONE, STEP, JUMP)}
         actions = count[ACT] + count[DONE]
         counts = [len(hidden), actions, count[STEP], count[WORD], count[JUMP], actions]
@@ -348,7 +360,7 @@ class Training:
                        words=words_digest(domain.words, rollouts))
         self.folder = RunFolder(out, request, self.accelerator.is_main_process)
         self.progress = self.folder.load(self.lm, self.optimiser)
-        grounder = Grounder(self.lm, config.text_weight)
+        grounder = Grounder(self.lm, config.text_weight, self.accelerator.num_processes)
         self.grounder = self.accelerator.prepare(grounder) if self.accelerator.num_processes > 1 else grounder
 
     def is_over(self, until: float | None) -> bool: # a time of `time.monotonic`
@@ -384,7 +396,11 @@ def step(self: Training, position: tuple[int, int]) -> None:
                          f"{self.folder.kept()}; use smaller learning rates")
     self.optimiser.step()
     self.optimiser.zero_grad(set_to_none=True)
-    progress.advance(position, int((batch["kind"] != PAD).sum()) * a.num_processes, losses)
+    tokens = (batch["kind"] != PAD).sum()
+    if a.num_processes > 1:
+        losses = torch.stack([a.reduce(losses[0].detach(), "mean"), a.reduce(losses[1], "sum")])
+        tokens = a.reduce(tokens, "sum")
+    progress.advance(position, int(tokens), losses)
 
 
 @patch

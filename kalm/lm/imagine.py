@@ -14,8 +14,9 @@ from fastcore.meta import delegates
 from ..core.domain import Domain, Limits, check_domain
 from ..core.episodes import SIDE_BY_SIDE
 from ..core.files import numpy_rng, start_seeds
-from ..core.goals import Goal, in_turn
+from ..core.goals import Goal, check_goals, in_turn
 from ..core.rollouts import Rollouts
+from ..core.settings import whole_number
 from .explain import CONTRADICTS, check_words, round_trip
 from .generate import Imagination, check_request, generate, some_of
 from .model import KalmLM
@@ -90,7 +91,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
     Rollouts
         fewer than n if a filter dropped some
     """
-    settings, goals = Imagination(seed=seed, **kwargs), list(goals)
+    settings, goals, n = Imagination(seed=seed, **kwargs), check_goals(goals), whole_number("n", n)
     _check_options(domain, goals, n, starts, filter, parts)
     index = in_turn(goals, n, numpy_rng(seed, "imagine", "goals"))
     seeds = start_seeds(seed, n, "imagine") if starts is None else None

@@ -133,7 +133,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/lm/25_maps.ipynb #1e4b730f
 Scale = float | tuple[float, ...]
-STILL = 1e-3  # added to standard deviations: a coordinate that never changes is divided by this, not by zero
+STILL = 1e-3  # at most added to standard deviations: a coordinate that never changes is divided by this, not by zero
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class Normaliser:
         widths = {len(v) for v in (self.mean, self.std, self.step, self.jump) if isinstance(v, tuple)}
         if len(widths) > 1:
             raise ValueError(f"a normaliser with statistics of {sorted(widths)} numbers: expected one width")
+        for name in ("mean", "std", "step", "jump"):
+            values = np.atleast_1d(getattr(self, name))
+            if not np.isfinite(values).all() or (name != "mean" and (values <= 0).any()):
+                raise ValueError(f"{name} of a normaliser {values}: expected finite numbers"
+                                 f"{'' if name == 'mean' else ' above 0'}; check the states of the data")
 
     @classmethod
     def fit(cls, rollouts: Rollouts, features: Features = Features()) -> Normaliser:
@@ -174,7 +179,7 @@ class Normaliser:
         s = t["states"].astype(np.float64)
         step = (t["next_states"] - t["states"]).astype(np.float64)
         jump = (rollouts.last_states - rollouts.states[:, 0]).astype(np.float64)
-        return cls(s.mean(0), s.std(0) + STILL, _spread(step, features), _spread(jump, features))
+        return cls(s.mean(0), _above_zero(s.std(0)), _spread(step, features), _spread(jump, features))
 
     @classmethod
     def default(cls, state_dim: int) -> Normaliser:
@@ -186,7 +191,12 @@ def _spread(change: np.ndarray, features: Features) -> Scale: # (N, S)
     "Standard deviation of each coordinate's change; one for all coordinates of points."
     points = [i for pair in features.points for i in pair]
     if len(points) == change.shape[1]:
-        return float(change.std() + STILL)
-    each = change.std(0) + STILL
-    each[points] = change[:, points].std() + STILL if points else 0.
+        return float(_above_zero(change.std()))
+    each = _above_zero(change.std(0))
+    each[points] = _above_zero(change[:, points].std()) if points else 0.
     return tuple(each)
+
+
+def _above_zero(std: np.ndarray) -> np.ndarray:
+    "Standard deviations that can be divided by: a thousandth is added, but no more than a tenth of what is small."
+    return std + np.where(std > 1e-9, np.minimum(STILL, std / 10), STILL)

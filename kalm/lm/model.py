@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.actions import Actions, DiscreteActions, actions_from_spec
 from ..core.domain import Features
 from ..core.files import digest_of, load_json, save_json
+from ..core.settings import check_numbers
 from .actions import action_maps
 from .backbone import (DEFAULT_BACKBONE, Adapter, add_lora, attention_windows, beginning_of_text, core_of,
                               embedding_size, finish_logits, load_backbone, most_positions, use_grouped_attention,
@@ -93,6 +94,7 @@ class ModelSpec:
     domain: str = ""                # its name
 
     def __post_init__(self):
+        check_numbers(self, dict(state_dim=1, hidden=1))
         wordings = {task: tuple(tuple(w) for w in ws) for task, ws in (self.prompts or {}).items()}
         object.__setattr__(self, "prompts", wordings)
         object.__setattr__(self, "features", self.features or Features())
@@ -118,7 +120,7 @@ class KalmLM(nn.Module):
         self.action_embed = self.maps.embedding(D, hidden)
         self.state_head = Head(D, F, hidden, spec.state_dim)
         self.action_head = Head(D, F, hidden, self.maps.outputs)
-        self.word_head = Head(D, F, hidden // 2, D)
+        self.word_head = Head(D, F, max(1, hidden // 2), D)
         self._start(torch_rng(seed, "maps"), rms)
         self.normalise(Normaliser.default(spec.state_dim))
         self.backbone.requires_grad_(False)

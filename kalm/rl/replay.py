@@ -131,7 +131,7 @@ def _groups(source: list[np.ndarray], imagined_fraction, fractions) -> tuple[lis
     if fractions is None:
         return [np.zeros(len(s), np.int64) for s in source], [1.], ["pooled"]
     shares = [float(f) for f in fractions]
-    if len(shares) != len(source) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != len(source) or not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"fractions {shares}: expected {len(source)} numbers, one a data set, at least 0, "
                          "that sum to 1")
     names = [f"data set {i}" for i in range(len(source))]

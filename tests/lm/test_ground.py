@@ -361,6 +361,29 @@ def test_random_candidates_make_the_expected_denominator_right():
     assert (error.abs() < 4).all()
 
 
+@pytest.mark.parametrize("world", [2, 3, "more"])
+@discrete_only
+def test_several_processes_average_to_what_one_computes(world, domain, data):
+    "Gradients and losses, however unequal the shares are; with more processes than sequences too."
+    config = replace(CONFIG, task_weights=EQUAL, unrewarded_weight=0.1, keyword_weight=4.0, negatives=64)
+    lm = lively(domain, data)
+    examples = Examples(lm, data, domain.words, config, corpus=CORPUS)
+    position = min(((0, i) for i in range(len(examples.plan(0)))), key=lambda p: len(examples.plan(0)[p[1]]))
+    world = len(examples.plan(0)[position[1]]) + 2 if world == "more" else world
+
+    def gradients(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lm.zero_grad()
+        losses = Grounder(lm, config.text_weight, world)(examples.at(position, rank, world))
+        losses[0, 0].backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in lm.own_parameters().values()]
+        return torch.cat([g.flatten() for g in grads]).clone(), losses[0].detach()
+
+    (one, told), several = gradients(0, 1), [gradients(rank, world) for rank in range(world)]
+    mean = torch.stack([g for g, _ in several]).mean(0)
+    assert float((mean - one).norm() / one.norm()) < 1e-4
+    torch.testing.assert_close(torch.stack([losses for _, losses in several]).mean(0), told, rtol=1e-3, atol=1e-4)
+
+
 def test_the_record_names_what_is_logged():
     assert list(Losses.__dataclass_fields__) == LOSSES
 
@@ -474,7 +497,8 @@ def test_the_checkpoint_is_what_training_returned(whole, domain, data):
 )
 def test_other_settings_in_the_folder_are_refused(change, whole, domain, data):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    with pytest.raises(ValueError, match=f"holds a grounding run with other settings .*{next(iter(change))} was"):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"holds a grounding run with other settings .*{name}[.a-z]* was"):
         ground(domain, data, replace(CONFIG, **change), out=whole)
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
 
