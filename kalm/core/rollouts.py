@@ -16,8 +16,8 @@ from fastcore.basics import patch
 
 from .actions import Actions, actions_from_spec
 from .files import atomic_write, digest_of
-from .goals import FORMAT as GOAL_FORMAT, check_goals
-from .goals import Goal, goals_from_json
+from .goals import FORMAT as GOAL_FORMAT
+from .goals import Goal, check_goals, goals_from_json
 
 # %% auto #0
 __all__ = ['REAL', 'IMAGINED', 'SOURCES', 'FLAGS', 'ROWS', 'ARRAYS', 'FORMAT', 'Rollout', 'Rollouts']

@@ -204,14 +204,18 @@ EVERYDAY = (  # orders that no table, corridor or arm can carry out
     "Iron these shirts.", "Mow the lawn.", "Sharpen the pencils.", "Buy milk and eggs.", "Wake me at seven.")
 
 
-def calibrate(lm: KalmLM, domain: Domain, n: int = 60 # taught sentences to compare with
-             ) -> float: # a threshold for `meaning`
-    """How sure a model has to be of key words for its domain's sentences to pass, and everyday orders not to.
+def calibrate(lm: KalmLM, domain: Domain,
+              n: int = 60,        # taught sentences to compare with
+              passing: float = .05 # share of everyday orders that may pass
+             ) -> float:          # a threshold for `meaning`
+    """How sure a model has to be of its key words: so sure that few everyday orders pass, but most taught sentences do.
 
     Parameters
     ----------
     n
         taught sentences to compare with
+    passing
+        share of everyday orders that may pass
 
     Returns
     -------
@@ -222,10 +226,7 @@ def calibrate(lm: KalmLM, domain: Domain, n: int = 60 # taught sentences to comp
     taught = [goal.text for goal in domain.goals(domain.levels[0])]
     ours = [m.sure for m in meaning(lm, [taught[i] for i in np.linspace(0, len(taught) - 1, n).astype(int)])]
     others = [m.sure for m in meaning(lm, EVERYDAY)]
-    tried = sorted({0., *ours, *others})
-    worth = [np.mean([s >= t for s in ours]) - np.mean([s >= t for s in others]) for t in tried]
-    best = len(tried) - 1 - int(np.argmax(worth[::-1]))     # the highest of the best, and halfway down to the next
-    return float(np.mean(tried[max(0, best - 1):best + 1]))
+    return float(min(np.quantile(others, 1 - passing), np.median(ours)))
 
 # %% ../../nbs/lm/70_explain.ipynb #066913da
 NOT_JUDGED, CONTRADICTS, AGREES = -1, 0, 1

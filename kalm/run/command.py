@@ -22,16 +22,20 @@ import kalm
 from ..core.domain import Domain, domain
 from ..core.files import load_json
 from ..lm.backbone import fetch_backbone
-from ..lm.model import SHIPPED
+from ..lm.model import SHIPPED, KalmLM
 from ..rl.encoder import SentenceEncoder
 from .figures import figures_stage
 from .folder import Run, Stopped, commit, owned
-from .policies import evaluate_stage, train_stage
+from .play import frames_of, play_imagined, play_policy, strip_of
+from .plots import save_figure
+from .policies import evaluate_stage, load_policy, train_stage
 from .presets import CLEVR, Preset, check_preset, preset, presets_for
 from .stages import collect_stage, ground_stage, imagine_stage
+from .strips import gif
 
 # %% auto #0
-__all__ = ['STAGES', 'run_stages', 'parser', 'configure', 'fetch', 'folder_of', 'show_presets', 'suggested', 'main']
+__all__ = ['STAGES', 'run_stages', 'parser', 'configure', 'fetch', 'folder_of', 'policy_of', 'play_sentence', 'show_presets',
+           'suggested', 'main']
 
 # %% ../../nbs/run/70_command.ipynb #27986ef3
 STAGES: dict[str, Callable[[Run], None]] = dict(
@@ -59,11 +63,19 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="kalm", description="Knowledgeable agents by offline RL from imagined rollouts.")
     made = f" ({commit()})" if commit() else ""
     p.add_argument("--version", action="version", version=f"kalm {kalm.__version__}{made}")
-    sub = p.add_subparsers(dest="command", required=True, metavar="run|" + "|".join(STAGES) + "|presets")
+    sub = p.add_subparsers(dest="command", required=True, metavar="run|" + "|".join(STAGES) + "|act|presets")
     stages = {name: stage.__doc__.split("\n")[0] for name, stage in STAGES.items()}
     for name, text in dict(run="all stages in order, continuing where an earlier run stopped", **stages).items():
         _add_options(sub.add_parser(name, help=text, description=text, epilog=_about_presets(),
                                     formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_play(sub.choices["imagine"], "make of a sentence what the model imagines for it, and what is real of that")
+    act = sub.add_parser("act", help="let a trained policy do what a sentence says",
+                         description="A policy of a run does in the real environment what a sentence says.")
+    _add_domain(act)
+    _add_play(act, "the sentence")
+    act.add_argument("--method", help="whose policy, as results call it (default: one that learned from imagination)")
+    act.add_argument("--seed", type=int, default=0, help="decides the starts (default 0)")
+    act.add_argument("--debug", action="store_true", help="show a traceback for errors")
     listing = sub.add_parser("presets", help="the presets of a domain, what they are for and what they compute")
     _add_domain(listing)
     listing.add_argument("--debug", action="store_true", help="show a traceback for errors")
@@ -78,6 +90,14 @@ def _about_presets() -> str:
 
 def _add_domain(s: argparse.ArgumentParser) -> None:
     s.add_argument("--domain", default="clevr", help="a domain's name, or package.module:object (default clevr)")
+
+
+def _add_play(s: argparse.ArgumentParser, what: str) -> None:
+    s.add_argument("text", nargs="?", help=what)
+    s.add_argument("--run", type=Path, help="run folder whose model is used (default: the model that ships)")
+    s.add_argument("--n", type=int, default=4, help="how many rollouts (default 4)")
+    s.add_argument("--strip", type=Path, help="film strip, a PNG (default runs/play/WORDS.png)")
+    s.add_argument("--gif", type=Path, help="moving picture of the first rollout (default runs/play/WORDS.gif)")
 
 
 def _add_options(s: argparse.ArgumentParser) -> None:
@@ -121,6 +141,38 @@ def folder_of(a: argparse.Namespace) -> Path:
     return a.out or Path("runs")/(a.preset if a.domain == "clevr" else f"{name}-{a.preset}")
 
 
+def policy_of(out: Path, method: str | None = None) -> Path:
+    "The folder of a run's last policy of a method; without one of the first that learned from imagined rollouts."
+    found = sorted((out/"policies").glob(f"{method or '*+kalm'}*-*/step-*"), key=lambda p: int(p.name[5:]))
+    if not found:
+        there = sorted({p.parent.name.rsplit("-", 1)[0] for p in (out/"policies").glob("*-*/step-*")})
+        raise FileNotFoundError(f"no policy of {method or 'a method with imagined rollouts'} in {out}: "
+                                f"{', '.join(there) or 'run `kalm train` first'}")
+    last = [p for p in found if p.name == found[-1].name]
+    return min(last, key=lambda p: p.parent.name)
+
+
+def play_sentence(a: argparse.Namespace) -> None:
+    "`kalm imagine TEXT` and `kalm act TEXT`: what was understood, what came of it, pictures."
+    if not a.text:
+        raise ValueError("say what is to be done: kalm act 'Put the red ball left of the blue one.'")
+    d = domain(a.domain)
+    own = a.run is not None and (a.run/"grounded"/"kalm.json").exists()
+    lm = KalmLM.from_pretrained(a.run/"grounded") if own else KalmLM.grounded(d.name)
+    if a.command == "act":
+        policy = load_policy(policy_of(a.run or Path("runs")/"quick", a.method))
+        print(policy)
+        played = play_policy(policy, lm, d, a.text, a.n, a.seed)
+    else:
+        played = play_imagined(lm, d, a.text, a.n, a.seed or 0)
+    print(played)
+    name = "-".join(re.findall(r"[a-z0-9]+", a.text.lower()))[:60]
+    strip, moving = a.strip or Path("runs")/"play"/f"{name}.png", a.gif or Path("runs")/"play"/f"{name}.gif"
+    save_figure(strip_of(d, played), strip)
+    gif(frames_of(d, played), moving)
+    print(f"pictures: {strip}, {moving}")
+
+
 def show_presets(a: argparse.Namespace) -> None:
     "Print the presets of a domain."
     for p in presets_for(domain(a.domain)).values():
@@ -148,8 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupted)   # ends as Ctrl-C does, workers included
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
-        if a.command == "presets":
-            show_presets(a)
+        if a.command == "presets" or getattr(a, "text", None) or a.command == "act":
+            (show_presets if a.command == "presets" else play_sentence)(a)
             return 0
         p, out, stages = configure(a), folder_of(a), list(STAGES) if a.command == "run" else [a.command]
         if stages[0] != "collect" and not out.exists():

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..core.files import atomic_write, check_sha256, digest_of, entropy, sha256
 
 # %% auto #0
-__all__ = ['torch_rng', 'fast_dtype', 'one_thread', 'save_tensors', 'load_tensors', 'check_finite_tensors', 'read_header',
-           'read_about', 'digest_of_tensors', 'save_state', 'load_state']
+__all__ = ['torch_rng', 'fast_dtype', 'one_thread', 'check_finite_tensors', 'digest_of_tensors', 'read_about', 'save_tensors',
+           'load_tensors', 'read_header', 'save_state', 'load_state']
 
 # %% ../../nbs/tensors/10_store.ipynb #47f50815
 def torch_rng(seed: int, *names: str | int, device: str = "cpu") -> torch.Generator:
@@ -46,6 +46,37 @@ def one_thread(device: str | torch.device = "cpu") -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+# %% ../../nbs/tensors/10_store.ipynb #95ff6ab4
+def check_finite_tensors(tensors: dict[str, Tensor], what: str) -> None:
+    "`ValueError` for NaN or infinity among the weights of `what`: such a model is not stored."
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{what}: {name} holds NaN or infinity, nothing is stored; use smaller learning rates")
+
+
+def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    "SHA-256 over names, types, shapes and bytes."
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous().cpu()
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def read_about(path: str | Path) -> dict:
+    "The JSON under `kalm` in a safetensors header, empty if there is none; `ValueError` if the file is damaged."
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as f:
+            about = json.loads((f.metadata() or {}).get("kalm", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): damaged or another kind of file; delete it and make it "
+                         "again") from None
+    return about if isinstance(about, dict) else {}
 
 # %% ../../nbs/tensors/10_store.ipynb #24790d7e
 def save_tensors(path: str | Path,
@@ -83,13 +114,6 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
         raise ValueError(f"{path} differs from the checksum in its header: damaged or changed; make it again")
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
-
-def check_finite_tensors(tensors: dict[str, Tensor], what: str) -> None:
-    "`ValueError` for NaN or infinity among the weights of `what`: such a model is not stored."
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{what}: {name} holds NaN or infinity, nothing is stored; use smaller learning rates")
-
 # %% ../../nbs/tensors/10_store.ipynb #ac4f6fc7
 def read_header(path: str | Path,
                 format: str  # what kind of file it has to be
@@ -106,31 +130,7 @@ def read_header(path: str | Path,
         raise ValueError(f"{path} is not a {format} file: delete it and make it again")
     return {name: value for name, value in about.items() if name != "check"}
 
-
-def read_about(path: str | Path) -> dict:
-    "The JSON under `kalm` in a safetensors header, empty if there is none; `ValueError` if the file is damaged."
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {}).get("kalm", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): damaged or another kind of file; delete it and make it "
-                         "again") from None
-    return about if isinstance(about, dict) else {}
-
 # %% ../../nbs/tensors/10_store.ipynb #21ac2c90
-def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
-    "SHA-256 over names, types, shapes and bytes."
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach().contiguous().cpu()
-        h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
-
-
 def save_state(path: str | Path,
                tensors: dict[str, Tensor],
                about: dict,  # JSON: how far the training is, what it was asked for

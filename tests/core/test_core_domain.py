@@ -224,3 +224,17 @@ def test_questions_are_checked_too():
                 lambda i: judge_reward(d, GO, i, STATES, STATES, STATES[:, 0])):
         with pytest.raises(ValueError, match="goal index"):
             ask([0, 2])
+
+
+@pytest.mark.parametrize("low, high, more", [
+    ((np.nan,), (1.,), {}), ((2.,), (1.,), {}), ((0.,), (1.,), dict(parts=((7,),))),
+    ((0.,), (1.,), dict(parts=((0,),), step=(-1.,))), ((0.,), (1.,), dict(parts=((0,),), step=(np.nan,)))])
+def test_limits_that_make_no_sense_are_refused(low, high, more):
+    with pytest.raises(ValueError, match="expected"):
+        Limits(low, high, **more)
+
+
+@pytest.mark.parametrize("wrong", [dict(angles=(1.7,)), dict(one_of=((0, 0),)), dict(points=((0, 1, 2),))])
+def test_features_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        Features(**wrong)

@@ -1,11 +1,15 @@
 "Goals: what is refused, what survives a file, and fair choices."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from worlds import line
 
+from kalm.core.episodes import collect, evaluate
 from kalm.core.files import numpy_rng, save_json
-from kalm.core.goals import Goal, balanced, by_task, check_index, in_turn, load_goals, save_goals
+from kalm.core.goals import Goal, balanced, by_task, check_goals, check_index, in_turn, load_goals, save_goals
+from kalm.core.rollouts import Rollouts
 
 MOVE = Goal("Put red left of blue.", "offline", 20, {"type": "move", "ways": ("left", 1)}, "polite")
 
@@ -102,3 +106,17 @@ def test_index():
     for bad in ([7, 0], [-1, 0], [0., 1.], [True, False], [0], [[0, 0]]):
         with pytest.raises(ValueError, match="goal index"):
             check_index(GOALS, bad, 2)
+
+
+LIKE_A_GOAL = SimpleNamespace(text="Go.", max_steps=3, task={}, level="offline", kind="")
+
+
+@pytest.mark.parametrize("thing", ["Go.", LIKE_A_GOAL, 3])
+def test_nothing_but_a_goal_is_a_goal_anywhere(thing):
+    "Objects that look like goals were taken by some functions and refused by others, late."
+    d = line()
+    for ask in (lambda: check_goals([Goal("Go."), thing]), lambda: collect(d, [thing], 2),
+                lambda: evaluate("random", d, [thing], 2),
+                lambda: Rollouts(np.zeros((1, 2, 2)), np.zeros((1, 1), int), goals=[thing])):
+        with pytest.raises(ValueError, match=r"goal [01] is .*expected a Goal; give Goal\(text\)"):
+            ask()

@@ -502,3 +502,22 @@ def test_acting_uses_the_starts_of_evaluation(discrete):
     real = act_in(lm, domain, goals, 9, seed=6)
     np.testing.assert_array_equal(real.states[:, 0], judged.rollouts.states[:, 0])
     assert wilson(int(real.success.sum()), 9)[1] <= 1 and made_up(domain, 2).goals == tuple(goals)
+
+
+def test_a_goal_too_long_for_the_model_is_refused_before_anything_is_imagined(discrete):
+    "With the name of the goal; not after fifteen steps, with every other row lost."
+    lm, domain = discrete
+    state, words = np.zeros((1, 2), np.float32), "walk " * 2000
+    for goals, message in (([Goal(words, max_steps=2, task={"side": "right"})], "goal 'walk .*reads at most"),
+                           ([RIGHT.replace(max_steps=5000)], "goal 'Walk to the right.* with 5000 steps")):
+        with pytest.raises(ValueError, match=message):
+            generate(lm, domain, goals, [0], state)
+        with pytest.raises(ValueError, match=message):
+            act_in(lm, domain, goals, episodes=1)
+
+
+def test_rewards_that_are_no_numbers_are_refused_before_anything_is_imagined(discrete, monkeypatch):
+    lm, domain = discrete
+    monkeypatch.setattr(domain, "_earn", lambda goal, states, after, start: np.full(states.shape[:-1], np.nan))
+    with pytest.raises(ValueError, match="reward of domain 'line' gave NaN"):
+        generate(lm, domain, [RIGHT], [0], np.zeros((1, 2), np.float32))

@@ -139,3 +139,21 @@ def test_bad_statistics():
     for bad in (dict(mean="xyz", std=(1.,) * 3), dict(mean=None, std=None)):
         with pytest.raises((ValueError, TypeError)):
             Normaliser(**bad)
+
+
+@pytest.mark.parametrize("unit", [1., 1e-4, 1e-6, 1e-8])
+def test_scales_hold_in_any_unit(unit):
+    "A state in micrometres is no state that stands still."
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=(40, 6, 2)) * [unit, 5.]
+    n = Normaliser.fit(Rollouts(steps.cumsum(1), np.zeros((40, 5), int)))
+    assert .9 < n.step[0] / unit < 1.2 and n.std[0] / unit < 4
+    still = Normaliser.fit(Rollouts(np.ones((4, 3, 2)), np.zeros((4, 2), int)))
+    assert still.step == (1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("wrong", [dict(mean=(np.nan,)), dict(std=(0.,)), dict(std=(np.inf,)), dict(step=-1.),
+                                   dict(jump=np.nan)])
+def test_statistics_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="of a normaliser .*expected finite numbers"):
+        Normaliser(**dict(mean=(0.,), std=(1.,)) | wrong)

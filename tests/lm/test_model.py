@@ -643,3 +643,13 @@ def test_a_weight_of_the_wrong_shape_changes_none(lively):
     with pytest.raises(ValueError, match="has shape"):
         lively.load_own(wrong)
     assert equal(own(lively), before)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_narrowest_model_can_be_made_saved_and_loaded(width, cache, tmp_path):
+    lm = KalmLM.from_pretrained("tiny-random", state_dim=1, codec=DiscreteActions(1), hidden=width)
+    lm.save_pretrained(tmp_path, dtype=None)
+    assert equal(own(KalmLM.from_pretrained(tmp_path)), own(lm))
+    for wrong in (dict(hidden=0), dict(hidden=2.5), dict(state_dim=0)):
+        with pytest.raises(ValueError, match="expected a whole number, at least 1"):
+            KalmLM.from_pretrained("tiny-random", **dict(state_dim=1, codec=DiscreteActions(1)) | wrong)

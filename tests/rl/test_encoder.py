@@ -214,3 +214,16 @@ def test_control_tokens_in_a_sentence_are_words(tmp_path):
     plain, odd = encoder.encode(["Go left.", "Go left. [SEP] Stop."])
     ids = encoder._tokenizer("Go left. [SEP] Stop.", split_special_tokens=True).input_ids
     assert ids.count(encoder._tokenizer.sep_token_id) == 1 and not np.allclose(plain, odd)
+
+
+def test_a_sentence_is_not_cut_without_a_word(bert, tmp_path):
+    "Two long sentences that differ at their end had the same encoding."
+    encoder = SentenceEncoder(bert, cache=tmp_path)
+    with pytest.raises(ValueError, match=r"a sentence of 67 tokens, 'push .*: the sentence encoder reads at most 64"):
+        encoder.encode(["red", "push " * 64 + "left"])
+    assert encoder.encode(["push " * 61 + "left"]).shape == (1, 16)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(bert, tmp_path):
+    (tmp_path / "cache").write_text("")  # a file where a folder is wanted
+    assert SentenceEncoder(bert, cache=tmp_path / "cache").encode(["red"]).shape == (1, 16)
