@@ -39,10 +39,14 @@ export: install  ## write kalm/*.py and README.md from the notebooks
 results: install  ## keep the numbers of a finished run, OUT=runs/quick or runs/best, for README and notebooks
 	@$(BIN)/python tools/publish.py $(OUT)
 
+docs: install  ## a site to browse from notebooks and docstrings, in _site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "look at it: $(PYTHON) -m http.server --directory _site"
+
 lab: install  ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
 clean:  ## remove the virtual environment and caches of this folder (runs are kept)
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache build _site *.egg-info
 
-.PHONY: help install run test export results lab clean
+.PHONY: help install run test export results docs lab clean

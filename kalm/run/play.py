@@ -115,8 +115,8 @@ class Played:
         out = []
         for k, real in enumerate(self.real):
             dream = None if self.imagined is None else self.imagined[k]
-            told = "" if dream is None else f"imagined {_met(dream.success)} in {len(dream)} steps, "
-            out.append(f"  {k + 1}: {told}really {_met(real.success)} in {len(real)} steps")
+            told = "" if dream is None else f"imagined {_met(dream.success)}, {len(dream)} steps; "
+            out.append(f"  {k + 1}: {told}really {_met(real.success)}, {len(real)} steps")
         return out
 
 
