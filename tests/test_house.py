@@ -207,6 +207,26 @@ def test_exported_code_is_safe_and_seeded(path):
     assert not {("allow_pickle", "True"), ("trust_remote_code", "True"), ("weights_only", "False")} & set(keywords)
 
 
+# ------------------------------------------------------------------------------------------------ site
+
+
+def test_the_site_has_every_notebook_and_every_module():
+    from types import SimpleNamespace
+
+    nav = json.dumps(tool("site").on_config(SimpleNamespace(nav=None)).nav)
+    for path in NOTEBOOKS:
+        assert json.dumps(path.relative_to(ROOT / "nbs").as_posix()) in nav, path
+    for path in MODULES:
+        assert f"names/{name_of(path)[:-3].replace('/', '.')}.md" in nav, path
+
+
+def test_formulas_become_markup_and_code_stays():
+    page = '<p>so $E_S$ and $$x^2$$ of <code>$HOME</code></p><pre>cost $a$</pre><p>5$ each</p>'
+    made = tool("site").with_formulas(page)
+    assert made.count("<math") == 2 and "<code>$HOME</code>" in made and "<pre>cost $a$</pre>" in made
+    assert "5$ each" in made
+
+
 # ------------------------------------------------------------------------------------------------ front page
 
 

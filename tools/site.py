@@ -18,13 +18,15 @@ CSS = """
 .md-grid { max-width: 80rem; }
 .jp-Cell, .jp-OutputArea-output { max-width: 100%; }
 .jp-OutputArea-output, .highlight-ipynb pre { overflow-x: auto; }
-.highlight-ipynb pre { font-size: .72rem; }
+.highlight-ipynb pre, .jp-RenderedHTMLCommon pre { font-size: .64rem; }
 .jp-RenderedHTMLCommon table, .md-typeset table:not([class]) { display: block; overflow-x: auto; max-width: 100%; }
-.jp-OutputPrompt, .jp-InputPrompt, .jp-Notebook-cell:has(.highlight-ipynb pre > span:only-child:empty) {
+.jp-Cell-inputWrapper:has(pre.unseen), .jp-OutputPrompt, .jp-InputPrompt,
+.jp-Notebook-cell:has(.highlight-ipynb pre > span:only-child:empty) {
   display: none !important; }
 .jp-RenderedImage img, .jp-RenderedHTMLCommon img { max-width: 100%; height: auto; }
 @media (max-width: 60em) { .highlight-ipynb pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
+UNSEEN = re.compile(r'<pre><span></span><span class="c1">#\| ?(?:echo: false|hide)\b.*?</pre>', re.S)   # outputs stay
 DIRECTIVE = re.compile(r'<span class="c1">#\| ?(?:export|slow|gpu|hide|default_exp)[^<]*</span>\n?')
 
 
@@ -53,7 +55,8 @@ def on_config(config):
     wings = [{WINGS[wing]: [{title_of(p): place(p)} for p in paths]} for wing, paths in notebooks().items()]
     names = [{WINGS[wing]: [{module_of(p): f"names/{module_of(p)}.md"} for p in paths if module_of(p)]}
              for wing, paths in notebooks().items() if any(map(module_of, paths))]
-    config.nav = [{"kalm": "index.ipynb"}, {"Tour": "tour.ipynb"}, {"Notebooks": wings}, {"Names": names}]
+    front = [{"kalm": "index.ipynb"}, {"Tour": "tour.ipynb"}, {"Play": "play.ipynb"}]
+    config.nav = [*front, {"Notebooks": wings}, {"Names": names}]
     return config
 
 
@@ -74,11 +77,12 @@ def on_page_content(content: str, page, config, files) -> str:
     def linked(match: re.Match) -> str:
         target, _, part = html.unescape(match[1]).partition("#")
         found = files.get_file_from_path(posixpath.normpath(posixpath.join(here, target)))
-        url = found.url_relative_to(page.file) if found else target
-        return f'href="{html.escape(url)}{"#" + part if part else ""}"'
+        if found is None:   # a file of the repository that the site does not have
+            return f'title="{html.escape(posixpath.normpath(posixpath.join("nbs", here, target)))}"'
+        return f'href="{html.escape(found.url_relative_to(page.file))}{"#" + part if part else ""}"'
 
-    content = re.sub(r'href="(?!\w+:|#)([^"]+?\.(?:ipynb|md)(?:#[^"]*)?)"', linked, content)
-    return with_formulas(DIRECTIVE.sub("", content))
+    content = re.sub(r'href="(?!\w+:|#)([^"]+?\.(?:ipynb|md|py)(?:#[^"]*)?)"', linked, content)
+    return with_formulas(DIRECTIVE.sub("", UNSEEN.sub('<pre class="unseen"></pre>', content)))
 
 
 def with_formulas(content: str) -> str:
