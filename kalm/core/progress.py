@@ -19,13 +19,14 @@ EVERY = 30.  # seconds between two lines
 
 class _Lines(tqdm):
     "A `tqdm` that writes a line with the time now and then."
-    last = 0.
+    last: float | None = None   # when it last said something, or began: short work is silent
 
     def display(self, *_, **__) -> None:
         now = time.monotonic()
-        if now - self.last >= EVERY and self.n < (self.total or float("inf")):
+        self.last = now if self.last is None else self.last
+        if now - self.last >= EVERY and self.n < self.total:
             self.last = now
-            left = f", about {self.remaining():.0f} s left" if self.total and self.n > self.initial else ""
+            left = f", about {self.remaining():.0f} s left" if self.n > self.initial else ""
             print(f"{time.strftime('%H:%M:%S')}  {self.desc}: {self.n:,} of {self.total:,} {self.unit}s{left}",
                   file=self.fp, flush=True)
 
@@ -58,6 +59,4 @@ def progress_bar(total: int,
     """
     if sys.stderr.isatty() or not show:
         return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not show or None)
-    bar = _Lines(total=total, desc=desc, unit=unit, initial=initial, mininterval=.5, file=sys.stderr)
-    bar.last = time.monotonic()   # short work says nothing
-    return bar
+    return _Lines(total=total, desc=desc, unit=unit, initial=initial, mininterval=.5, file=sys.stderr)
