@@ -25,7 +25,7 @@ import numpy as np
 from .settings import whole_number
 
 # %% auto #0
-__all__ = ['entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'umask', 'publish', 'sweep', 'save_json', 'load_json',
+__all__ = ['UMASK', 'entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'publish', 'sweep', 'save_json', 'load_json',
            'sha256', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'append_csv', 'read_csv', 'cut_csv',
            'cache_dir', 'fetch_wheel']
 
@@ -90,6 +90,10 @@ def start_seeds(seed: int,         # 0 or more
     return numpy_rng(seed, "starts", *names).integers(0, 2**31 - 1, n)
 
 # %% ../../nbs/core/10_files.ipynb #f710ea25
+UMASK = os.umask(0)   # permissions that this process takes from new files; asked once, because asking changes it for
+os.umask(UMASK)       # all threads
+
+
 @contextmanager
 def atomic_write(path: str | Path,  # where the file shall appear
                 ) -> Iterator[Path]: # a temporary path beside it, to be written inside the `with`
@@ -116,7 +120,7 @@ def atomic_write(path: str | Path,  # where the file shall appear
             yield tmp
             with open(tmp, "rb") as f:
                 os.fsync(f.fileno())
-            os.chmod(tmp, 0o666 & ~umask())
+            os.chmod(tmp, 0o666 & ~UMASK)
             os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
@@ -133,14 +137,7 @@ def naming(path: Path) -> Iterator[None]:
             raise
         raise OSError(e.errno, f"cannot write {path}: {e.strerror}") from e
 
-
-def umask() -> int:
-    "Permissions that this process takes from new files."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
+# %% ../../nbs/core/10_files.ipynb #f6229272
 def publish(build: Callable[[Path], None], out: Path) -> Path:
     "Let `build(folder)` fill a temporary folder, then rename it to `out`; a rival that finished first wins."
     with naming(out):
@@ -149,7 +146,7 @@ def publish(build: Callable[[Path], None], out: Path) -> Path:
     try:
         build(stage)
         for path in (stage, *stage.rglob("*")):   # as ordinary files are: the cache may be shared
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
         try:
             stage.rename(out)
         except OSError:
@@ -401,6 +398,8 @@ def cache_dir() -> Path:
         if not instead.exists():
             print(f"kalm: cannot use the cache folder {path} ({e.strerror}); using {instead}", file=sys.stderr)
         instead.mkdir(mode=0o700, exist_ok=True)
+        if hasattr(os, "getuid") and instead.stat().st_uid != os.getuid():   # anybody may make a folder there
+            raise
         return instead
 
 

@@ -95,7 +95,7 @@ def _no_such(name: str, error: Exception) -> ValueError:
     return ValueError(f"no causal language model {name!r}: expected {DEFAULT_BACKBONE!r}, {TINY_BACKBONE!r}, "
                       f"a folder or a hub name ({why})")
 
-
+# %% ../../nbs/lm/10_backbone.ipynb #fc51d8b7
 def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or a folder
                   dtype: torch.dtype = torch.float32,
                   scratch: int | None = None    # a seed: replace every weight by a random one, as before pretraining

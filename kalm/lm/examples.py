@@ -227,8 +227,8 @@ def at(self: Examples, position: tuple[int, int], # (epoch, index)
        rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """A batch, or a process's share of it; see `collate` and `candidates`.
 
-    `asked` (5,) says how much the batch asks for in all processes together, see `asked_for`: losses are sums divided
-    by that, whatever share of it a process has.
+    A share has `asked` (5,), how much all processes together ask for, see `asked_for`: losses are sums divided by
+    that, however much of it a process has.
 
     Parameters
     ----------
@@ -238,6 +238,8 @@ def at(self: Examples, position: tuple[int, int], # (epoch, index)
     written = [self.write(p) for p in self.plan(position[0])[position[1]]]
     action_dim = self.codec.shape[0] if self.codec.shape else 0
     batch = collate(written[rank::world] or written[:1], self.state_dim, action_dim, self.config.width)
+    if world == 1:
+        return batch | self.candidates(batch, position) if self.config.negatives else batch
     if rank >= len(written):   # more processes than sequences: this one reads, and learns nothing
         batch["ask"].zero_()
     tokens = [t for q in written for t in q.tokens]

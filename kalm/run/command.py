@@ -140,7 +140,7 @@ def folder_of(a: argparse.Namespace) -> Path:
     name = a.domain.rpartition(":")[2]
     return a.out or Path("runs")/(a.preset if a.domain == "clevr" else f"{name}-{a.preset}")
 
-
+# %% ../../nbs/run/70_command.ipynb #19542cfc
 def policy_of(out: Path, method: str | None = None) -> Path:
     "The folder of a run's last policy of a method; without one of the first that learned from imagined rollouts."
     found = sorted((out/"policies").glob(f"{method or '*+kalm'}*-*/step-*"), key=lambda p: int(p.name[5:]))

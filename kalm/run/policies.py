@@ -22,7 +22,7 @@ import torch
 
 from ..core.domain import Domain
 from ..core.episodes import Evaluation, evaluate
-from ..core.files import cut_csv
+from ..core.files import cut_csv, lock_file
 from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
@@ -174,7 +174,7 @@ def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at t
                                    callback=max(1, steps // 10)))
     return policies[0].step
 
-
+# %% ../../nbs/run/40_policies.ipynb #e7d10c12
 def make_room(run: Run, job: Job) -> None:
     "Before a job is trained: drop a checkpoint that is damaged or beyond a policy that is missing, and old results."
     state = run.out/"policies"/job.name/"training.safetensors"
@@ -184,7 +184,8 @@ def make_room(run: Run, job: Job) -> None:
             if not whole(load_tensors, home_of(run.out, job, seed)/f"step-{k}"/"policy.safetensors")]
     if step >= min(lost, default=math.inf):
         state.unlink()   # the policies of those steps come out of training alone
-        cut_csv(run.out/"results.csv", lambda row: row["method"] != job.method)
+        with lock_file(run.out/"results.csv"):   # jobs are trained side by side
+            cut_csv(run.out/"results.csv", lambda row: row["method"] != job.method)
 
 
 def train_stage(run: Run) -> None:

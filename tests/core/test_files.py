@@ -426,15 +426,22 @@ def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_published_folders_have_ordinary_permissions_and_a_rival_wins(tmp_path):
-    before = os.umask(0o022)
-    try:
-        out = files.publish(lambda stage: (stage / "a").mkdir() or (stage / "a" / "f").touch(0o600), tmp_path / "out")
-        assert [p.stat().st_mode & 0o777 for p in (out, out / "a", out / "a" / "f")] == [0o755, 0o755, 0o644]
-        save_json(tmp_path / "x.json", 1)
-        assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
-    finally:
-        os.umask(before)
+def test_published_folders_have_ordinary_permissions(tmp_path, monkeypatch):
+    "Other users may read a shared cache, as far as the user's own permissions for new files say."
+    for mask, folder, file in ((0o022, 0o755, 0o644), (0o027, 0o750, 0o640)):
+        monkeypatch.setattr(files, "UMASK", mask)
+        place = tmp_path / oct(mask)
+        out = files.publish(lambda stage: (stage / "a").mkdir() or (stage / "a" / "f").touch(0o600), place / "out")
+        save_json(place / "x.json", 1)
+        modes = [p.stat().st_mode & 0o777 for p in (out, out / "a", out / "a" / "f", place / "x.json")]
+        assert modes == [folder, folder, file, file]
+
+
+def test_writing_never_touches_what_other_threads_may_do(tmp_path, monkeypatch):
+    "To ask for the umask is to change it, for all threads: no file is written so."
+    monkeypatch.setattr(files.os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    save_json(tmp_path / "x.json", 1)
+    files.publish(lambda stage: (stage / "f").touch(), tmp_path / "out")
 
 
 def test_leftovers_of_killed_processes_are_swept(tmp_path):
