@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .domain import Behaviour, Domain, Simulator, behaviour_of, check_domain, codec_of
-from .files import claim, digest_of, numpy_rng, start_seeds
+from .files import claim, digest_of, numpy_rng, owned, start_seeds
 from .goals import Goal, balanced, check_goals, check_index, in_turn
 from .progress import progress_bar
 from .results import wilson
@@ -202,7 +202,7 @@ def stored_or_collected(self: _Job,
         None: there was no time
     """
     path = folder/f"{shard:05d}.npz" if folder else None
-    if path and (done := _stored(path, len(index))) is not None:
+    if path and (done := _stored(path, self, index)) is not None:
         return done
     if time.monotonic() >= until:
         return None
@@ -212,13 +212,16 @@ def stored_or_collected(self: _Job,
     return done
 
 
-def _stored(path: Path, n: int) -> Rollouts | None:
-    "The rollouts of a file, or None if it is not there, damaged or of another size: then they are made again."
+def _stored(path: Path, job: _Job, index: np.ndarray) -> Rollouts | None:
+    "The rollouts of a file, or None if it is not there, damaged or for other goals: then they are made again."
     try:
         found = Rollouts.load(path)
+        check_rollouts(job.domain, found)
     except (FileNotFoundError, ValueError):
         return None
-    return found if len(found) == n else None
+    theirs, ours = [[goal.to_json() for goal in goals] for goals in (found.goals, job.goals)]
+    same = len(found) == len(index) and all(i >= 0 and theirs[i] == ours[j] for i, j in zip(found.goal, index))
+    return found if same else None
 
 # %% ../../nbs/core/80_episodes.ipynb #16b7b53d
 def _shards(job: _Job, parts: Sequence[np.ndarray], folder: Path | None, options: CollectOptions) -> list[Rollouts]:
@@ -286,17 +289,18 @@ def collect(domain: Domain,
     if options.keep_failures is not None:
         behaviour = replace(behaviour, keep_failures=options.keep_failures)
     job, folder = _Job(domain, goals, behaviour, name, whole_number("seed", seed)), None if out is None else Path(out)
-    if folder:
-        _claim_data(job, n, folder)
-        if (done := _stored(folder/"rollouts.npz", n)) is not None:
-            return done
     index = balanced(goals, n, numpy_rng(seed, "collect", "goals"))
-    parts = [index[i:i + SIDE_BY_SIDE] for i in range(0, n, SIDE_BY_SIDE)]
-    shards = _shards(job, parts, folder and folder/"shards", options)
-    result = Rollouts.concat(shards) if shards else _nothing(domain, goals)
-    if folder and len(result) == n:
-        result.save(folder/"rollouts.npz")
-        shutil.rmtree(folder/"shards", ignore_errors=True)
+    with owned(folder):
+        if folder:
+            _claim_data(job, n, folder)
+            if (done := _stored(folder/"rollouts.npz", job, index)) is not None:
+                return done
+        parts = [index[i:i + SIDE_BY_SIDE] for i in range(0, n, SIDE_BY_SIDE)]
+        shards = _shards(job, parts, folder and folder/"shards", options)
+        result = Rollouts.concat(shards) if shards else _nothing(domain, goals)
+        if folder and len(result) == n:
+            result.save(folder/"rollouts.npz")
+            shutil.rmtree(folder/"shards", ignore_errors=True)
     return result
 
 

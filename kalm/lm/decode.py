@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .model import ACTION, PAD, STATE, TEXT, KalmLM
 
 # %% auto #0
-__all__ = ['Element', 'text_elements', 'step_elements', 'as_tensors', 'UncachedDecoder', 'SlotCache', 'Pass', 'attention_masks',
-           'CachedDecoder', 'SlotScheduler']
+__all__ = ['MOST_READ', 'Element', 'text_elements', 'step_elements', 'as_tensors', 'UncachedDecoder', 'SlotCache', 'Pass',
+           'attention_masks', 'CachedDecoder', 'slots_for', 'SlotScheduler']
 
 # %% ../../nbs/lm/60_decode.ipynb #2f67f9a4
 class Element(NamedTuple):
@@ -219,6 +219,27 @@ class CachedDecoder:
         return self.lm(**elements, past=self.past, use_cache=True, positions=columns, attend=masks)[0]
 
 # %% ../../nbs/lm/60_decode.ipynb #ed00bfe6
+MOST_READ = 1 << 15  # elements of prompts that sit in a decoder at once
+
+
+def slots_for(longest: int,   # elements of the longest prompt
+              rows: int,      # that wait
+              batch_size: int # slots that were asked for
+             ) -> int:
+    """How many slots a decoder gets. All are as long as the longest prompt, so that few fit beside a very long one.
+
+    Parameters
+    ----------
+    longest
+        elements of the longest prompt
+    rows
+        that wait
+    batch_size
+        slots that were asked for
+    """
+    return max(1, min(batch_size, rows, MOST_READ // max(1, longest)))
+
+
 class SlotScheduler:
     "Which row of work sits in which slot of a decoder."
     def __init__(self, decoder, waiting: Sequence[int]):

@@ -16,10 +16,20 @@ from fastcore.basics import patch
 import torch
 
 from ..core.domain import Domain, Words
+from ..core.files import sha256
+from ..core.settings import real_number, whole_number
 from ..core.rollouts import Rollouts
-from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, step_elements, text_elements
+from kalm.lm.decode import (
+    CachedDecoder,
+    Element,
+    SlotScheduler,
+    UncachedDecoder,
+    slots_for,
+    step_elements,
+    text_elements,
+)
 from .sequences import ARROW, MEANING, Writer
-from .model import STATE, TEXT, KalmLM
+from .model import SHIPPED, STATE, TEXT, KalmLM
 
 # %% auto #0
 __all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'NOT_JUDGED', 'CONTRADICTS', 'AGREES', 'Answer', 'Speaking', 'story', 'explain',
@@ -58,7 +68,7 @@ class Speaking:
     @torch.no_grad()
     def run(self, batch_size: int = 128, cached: bool = True) -> list[Answer]:
         "Speak until every answer is over."
-        slots = max(1, min(batch_size, len(self.prompts)))
+        slots = slots_for(max(map(len, self.prompts), default=0), len(self.prompts), batch_size)
         shortest_first = np.argsort([len(p) for p in self.prompts], kind="stable")
         with self.lm.merged():
             work = SlotScheduler((CachedDecoder if cached else UncachedDecoder)(self.lm, slots), shortest_first)
@@ -179,6 +189,8 @@ def meaning(lm: KalmLM, texts: Sequence[str],
     threshold
         key words that the model is less sure of are "not understood"
     """
+    real_number("threshold", threshold, 0, 1)
+    whole_number("max_tokens", max_tokens, 1)
     if isinstance(texts, str):
         raise ValueError("meaning takes a list of sentences: give [text]")
     if not all(text.strip() for text in texts):
@@ -314,12 +326,17 @@ class GoalEncoder:
         if spec.get("type") != "grounded":
             raise ValueError(f"an encoder of type {spec.get('type')!r}: expected 'grounded'")
         folder = spec.get("folder", "")
-        lm = KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(spec["domain"])
-        return cls(lm, folder)
+        encoder = cls(KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(spec["domain"]), folder)
+        if spec.get("weights", encoder.spec()["weights"]) != encoder.spec()["weights"]:   # older specs have none
+            raise ValueError(f"the grounded model in {folder or 'kalm'} is not the one that this policy learned with: "
+                             "it was grounded again since")
+        return encoder
 
     def spec(self) -> dict:
-        "As JSON: which model reads."
-        return dict(type="grounded", folder=self.folder, domain=self.lm.domain)
+        "As JSON: which model reads, and a hash of its checkpoint."
+        path = (Path(self.folder) if self.folder else SHIPPED/self.lm.domain)/"model.safetensors"
+        return dict(type="grounded", folder=self.folder, domain=self.lm.domain,
+                    weights=sha256(path)[:24] if path.exists() else "")
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> np.ndarray: # (N, D) float32, unit length

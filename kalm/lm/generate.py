@@ -20,7 +20,7 @@ from ..core.goals import Goal, check_goals, check_index, in_turn
 from ..core.progress import progress_bar
 from ..core.rollouts import IMAGINED, Rollouts
 from ..core.settings import check_numbers
-from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, text_elements
+from .decode import CachedDecoder, Element, SlotScheduler, UncachedDecoder, slots_for, text_elements
 from .model import ACTION, STATE, KalmLM
 from .sequences import Writer
 
@@ -190,7 +190,9 @@ class Imagining:
     def run(self) -> None:
         "Imagine until every rollout is over."
         waiting = np.flatnonzero(self.limit > 0)
-        slots = max(1, min(self.settings.batch_size, len(waiting)))
+        one_a_goal = {goal: row for row, goal in enumerate(self.index)}.values()
+        longest = max((len(self.prompt(row)) for row in one_a_goal), default=0)
+        slots = slots_for(longest, len(waiting), self.settings.batch_size)
         decoder = (CachedDecoder if self.settings.cached else UncachedDecoder)(self.lm, slots)
         self.scheduler = SlotScheduler(decoder, waiting)
         self.bar = progress_bar(len(waiting), "imagining", "rollout", show=self.settings.progress)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.domain import Domain, Features, Words, check_domain, codec_of
 from ..core.episodes import check_rollouts
-from ..core.files import append_csv, claim, cut_csv, digest_of, sha256
+from ..core.files import append_csv, claim, cut_csv, digest_of, owned, sha256
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
@@ -346,10 +347,8 @@ def positions(examples: Examples, start: tuple[int, int]) -> Iterator[tuple[int,
 
 class Training:
     "A model, its examples and its optimiser, on one or several processes."
-    def __init__(self, domain: Domain, rollouts: Rollouts, config: GroundConfig, out: str | Path | None):
-        from accelerate import Accelerator
-        self.config = config
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    def __init__(self, accelerator, domain: Domain, rollouts: Rollouts, config: GroundConfig, out: Path | None):
+        self.accelerator, self.config, self.parent = accelerator, config, os.getppid()
         with self.accelerator.main_process_first():   # a backbone that is not there yet is fetched once
             self.lm = prepare(domain, rollouts, config)
         self.examples = Examples(self.lm, rollouts, domain.words, config)
@@ -364,13 +363,16 @@ class Training:
         self.grounder = self.accelerator.prepare(grounder) if self.accelerator.num_processes > 1 else grounder
 
     def is_over(self, until: float | None) -> bool: # a time of `time.monotonic`
-        """Whether all steps are done, or time is up on any process.
+        """Whether all steps are done, or time is up on any process. `RuntimeError` if the launcher is gone.
 
         Returns
         -------
         bool
             a time of `time.monotonic`
         """
+        if self.accelerator.num_processes > 1 and os.getppid() != self.parent:
+            raise RuntimeError(f"the launcher of {self.accelerator.num_processes} processes has ended: "
+                               f"{self.folder.kept()}")
         late = until is not None and time.monotonic() > until
         if until is not None and self.accelerator.num_processes > 1:
             flag = torch.tensor(float(late), device=self.accelerator.device)
@@ -439,32 +441,39 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
     progress
         a bar, on a terminal
     """
+    from accelerate import Accelerator
     check_rollouts(check_domain(domain), rollouts)
     until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    training = Training(domain, rollouts, config, out)
-    lm, state, main = training.lm, training.progress, training.accelerator.is_main_process
-    lm.train()
-    with _bar(config, state, progress and main) as bar:
-        for position in positions(training.examples, state.position):
-            if training.is_over(until):
-                break
-            training.step(position)
-            bar.update()
-            if state.step % config.log_every == 0:
-                bar.set_postfix(_shown(training.folder.log(state), state))
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
-                training.checkpoint(callback)
-    if state.step < config.steps:
-        training.checkpoint()
-    lm.eval()
-    if out and main and state.step >= config.steps:
-        lm.save_pretrained(Path(out))
-    training.accelerator.wait_for_everyone()
+    accelerator, out = Accelerator(cpu=not torch.cuda.is_available()), Path(out) if out else None
+    main = accelerator.is_main_process
+    with owned(out if main else None):
+        training = Training(accelerator, domain, rollouts, config, out)
+        lm, state = training.lm, training.progress
+        with progress_bar(config.steps, "grounding", "step", state.step, progress and main) as bar:
+            training.run(until, callback, bar)
+        if out and main and state.step >= config.steps:
+            lm.save_pretrained(out)
+        accelerator.wait_for_everyone()
     return lm
 
 
-def _bar(config: GroundConfig, state: Progress, shown: bool):
-    return progress_bar(config.steps, "grounding", "step", state.step, shown)
+@patch
+def run(self: Training, until: float | None, callback: Callable | None, bar) -> None:
+    "All steps that there is time for; the state is stored at the end."
+    state, config = self.progress, self.config
+    self.lm.train()
+    for position in positions(self.examples, state.position):
+        if self.is_over(until):
+            break
+        self.step(position)
+        bar.update()
+        if state.step % config.log_every == 0:
+            bar.set_postfix(_shown(self.folder.log(state), state))
+        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            self.checkpoint(callback)
+    if state.step < config.steps:
+        self.checkpoint()
+    self.lm.eval()
 
 
 def _shown(row: dict[str, float], state: Progress) -> dict[str, str]:

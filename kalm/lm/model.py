@@ -438,7 +438,7 @@ def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> Ka
         raise ValueError(f"{path} differs from what {folder/'model.safetensors'} was stored with: damaged or changed")
     try:
         lm = _model_of(upgrade_header(c) if c["format"] == _OLD_FORMAT else c, folder, backbone, dtype)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as e:   # or sizes beyond reason
         raise ValueError(f"{path} is damaged or was changed by hand: {type(e).__name__} {e}") from None
     return lm.load_own(load_tensors(folder/"model.safetensors"), str(folder))
 

@@ -17,6 +17,7 @@ from ..core.domain import Domain, Limits, judge_success
 from ..core.episodes import check_rollouts
 from ..core.episodes import replay as replay_in
 from ..core.rollouts import Rollouts
+from ..core.settings import whole_number
 from .sequences import Writer
 from .tasks import ordinary_text, passages
 from .generate import imagined_rewards
@@ -192,7 +193,7 @@ def perplexity(lm: KalmLM, texts: Sequence[str] | None = None, # held-out pages 
     most
         passages read
     """
-    writer = Writer(lm)
+    writer, words = Writer(lm), whole_number("words", words, 2)   # the first word has none before it
     pieces = passages(writer, ordinary_text(held_out=True) if texts is None else list(texts), words)
     pieces = pieces[::max(1, len(pieces) // most)][:most]
     if not pieces:

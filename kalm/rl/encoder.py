@@ -271,12 +271,15 @@ def encoder_from_spec(spec: dict,                # what `spec()` gave
 
 
 def check_encoder(encoder: Encoder, spec: dict) -> None:
-    "`ValueError` if `encoder` is surely not the one that `spec` describes. Given encodings are taken on trust."
+    """`ValueError` if `encoder` is surely not the one that `spec` describes.
+
+    Given encodings are taken on trust, unless both have names: others may hold more sentences, or another's encodings.
+    A grounded model may have moved: its weights count, not its folder."""
     mine = encoder.spec()
-    kind = mine.get("type")
-    if kind == "given":
-        return
-    if kind != spec.get("type") or (kind == "sentence" and mine != spec):
+    kind, decides = mine.get("type"), dict(grounded="weights", given="name").get(mine.get("type"))
+    differ = (kind == "sentence" and mine != spec) or (decides in mine and decides in spec
+                                                       and mine[decides] != spec[decides])
+    if differ or kind not in ("given", spec.get("type")):
         raise ValueError(f"encoder {json.dumps(mine)} does not fit: the policy was trained with {json.dumps(spec)}")
 
 # %% ../../nbs/rl/10_encoder.ipynb #5c91a837

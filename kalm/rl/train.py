@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import append_csv, claim, cut_csv
+from ..core.files import append_csv, claim, cut_csv, owned
 from ..core.progress import progress_bar
 from ..core.settings import check_numbers, real_number, whole_number
 from .policy import GoalMLP, GoalMLPs, Policy
@@ -327,26 +327,33 @@ def train(algorithm,                        # settings with `name`, `batch_size`
     steps = whole_number("steps", steps, 1)
     if max_minutes is not None:
         real_number("max_minutes", max_minutes)
-    began, job = time.monotonic(), _Training(algorithm, replay, seed, out, every)
-    if job.out:
-        job.open(steps)
-    learner, saved, late = job.learner, job.learner.steps, False
-    bar = progress_bar(steps, algorithm.name, "step", learner.steps)
-    with one_thread(replay.device), bar:
-        while learner.steps < steps and not late:
-            row = min(steps, _next(learner.steps, every.log))
-            means = job.run_to(row, steps, callback)
-            job.write(means)
-            bar.update(row - bar.n)
-            bar.set_postfix(loss=f"{np.mean(means['loss']):.3g}")
-            late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
-            if job.out and (late or row == steps or row // every.checkpoint > saved // every.checkpoint):
-                job.save()
-                saved = row
-    result = job.policies()
-    for home, policy in zip(job.homes, [result] if job.alone else result):
-        policy.save(home)
+    until = float("inf") if max_minutes is None else time.monotonic() + 60 * max_minutes
+    job = _Training(algorithm, replay, seed, out, every)
+    with owned(job.out), one_thread(replay.device):
+        if job.out:
+            job.open(steps)
+        with progress_bar(steps, algorithm.name, "step", job.learner.steps) as bar:
+            job.run(steps, until, callback, bar)
+        result = job.policies()
+        for home, policy in zip(job.homes, [result] if job.alone else result):
+            policy.save(home)
     return result
+
+
+@patch
+def run(self: _Training, steps: int, until: float, callback: Callable | None, bar) -> None:
+    "Row after row of the curve, up to `steps` or until it is late."
+    learner, saved, late = self.learner, self.learner.steps, False
+    while learner.steps < steps and not late:
+        row = min(steps, _next(learner.steps, self.every.log))
+        means = self.run_to(row, steps, callback)
+        self.write(means)
+        bar.update(row - bar.n)
+        bar.set_postfix(loss=f"{np.mean(means['loss']):.3g}")
+        late = time.monotonic() > until
+        if self.out and (late or row == steps or row // self.every.checkpoint > saved // self.every.checkpoint):
+            self.save()
+            saved = row
 
 # %% ../../nbs/rl/40_train.ipynb #1e56514f
 def steps_per_second(algorithm, replay: Replay, steps: int = 500, seed: int | Sequence[int] = 0) -> float:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import kalm
 from ..core.domain import Domain, domain
-from ..core.files import load_json
+from ..core.files import load_json, owned, sweep
 from ..lm.backbone import fetch_backbone
 from ..lm.model import SHIPPED, KalmLM
 from ..rl.encoder import SentenceEncoder
 from .figures import figures_stage
-from .folder import Run, Stopped, commit, owned
+from .folder import Run, Stopped, commit
 from .play import frames_of, play_imagined, play_policy, strip_of
 from .plots import save_figure
 from .policies import evaluate_stage, load_policy, train_stage
@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileNotFoundError(f"{out} is not there: run `kalm collect` first")
         fetch(check_preset(p, domain(a.domain)), domain(a.domain), stages)
         with owned(out):
+            sweep(out)
             run_stages(Run(p, a.domain, out, a.max_minutes), stages)
         return 0
     except KeyboardInterrupt:

@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,11 +20,11 @@ import torch
 
 import kalm
 from ..core.domain import Domain, check_domain, domain
-from ..core.files import claim, save_json, sweep
+from ..core.files import claim, save_json
 from .presets import Preset, check_preset
 
 # %% auto #0
-__all__ = ['commit', 'versions', 'device', 'machine', 'owned', 'Stopped', 'Run', 'whole', 'set_aside', 'need']
+__all__ = ['commit', 'versions', 'device', 'machine', 'Stopped', 'Run', 'whole', 'set_aside', 'need']
 
 # %% ../../nbs/run/20_folder.ipynb #cff7457a
 def commit() -> str:
@@ -66,26 +65,6 @@ def device() -> str:
 def machine() -> dict:
     "Cores and GPU."
     return dict(cores=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-
-# %% ../../nbs/run/20_folder.ipynb #4ddc2eb7
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    "Own a run folder inside the `with`; `RuntimeError` if another process does."
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: expected a folder, or a place for one")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # no file locks on this system
-        yield
-        return
-    with open(folder/".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process works in {folder}: wait for it, or give another --out") from None
-        sweep(folder)
-        yield
 
 # %% ../../nbs/run/20_folder.ipynb #f7cf82d3
 class Stopped(Exception):

@@ -114,7 +114,10 @@ def imagine_stage(run: Run) -> None:
 
 def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:
     "What a level's folder promises."
-    return Rollouts.load(folder/"rollouts.npz"), load_json(folder/"quality.json")
+    made, worth = Rollouts.load(folder/"rollouts.npz"), load_json(folder/"quality.json")
+    if not isinstance(worth, dict) or not {"rollouts", "imagined", "match", "replay"} <= {*worth}:
+        raise ValueError(f"{folder/'quality.json'} is damaged or was changed by hand")
+    return made, worth
 
 
 def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Path) -> None:

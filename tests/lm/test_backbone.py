@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,8 +94,7 @@ def test_a_pickle_in_a_backbones_folder_is_not_opened(moved, tmp_path):
 def test_two_processes_may_build_the_cache_at_once(tmp_path):
     def build(folder):
         (folder / "x").write_text("mine")
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / "x").write_text("rival")  # the rival finishes first
+        files.publish(lambda f: (f / "x").write_text("rival"), tmp_path / "out")  # the rival finishes first
 
     assert (files.publish(build, tmp_path / "out") / "x").read_text() == "rival"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -108,6 +108,23 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         files.publish(broken, tmp_path / "other")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "strange"])
+def test_a_damaged_backbone_is_made_again(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path))
+    path = Path(backbone_folder("tiny-random")) / "model.safetensors"
+    before = path.read_bytes()
+    damaged = dict(cut=before[:1000], flipped=before[:-9] + b"x" + before[-8:]).get(damage)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "strange":
+        (path.parent / "more.safetensors").write_bytes(before)
+    else:
+        path.write_bytes(damaged)
+    load_backbone("tiny-random")
+    assert path.read_bytes() == before and not (path.parent / "more.safetensors").exists()
+    assert not list(tmp_path.rglob(".stage*"))
 
 
 # ---------------------------------------------------------------- identity

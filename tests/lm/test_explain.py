@@ -8,6 +8,7 @@ from worlds import LineWords, line
 
 import kalm.lm.explain as explain_module
 from kalm.core.domain import Words
+from kalm.core.files import sha256
 from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
 from kalm.lm.decode import CachedDecoder
@@ -136,6 +137,12 @@ def test_below_the_threshold_a_sentence_is_not_understood(lively):
     strict = meaning(lively, texts, threshold=between, max_tokens=4)
     assert [m.sure for m in strict] == [m.sure for m in said]
     assert [m.words == NOT_UNDERSTOOD for m in strict] == [m.sure < between for m in said] and strict != said
+    refused = {"threshold nan: expected": dict(threshold=float("nan")), "threshold 2": dict(threshold=2),
+               "max_tokens 0: expected": dict(max_tokens=0)}
+    for message, settings in refused.items():
+        with pytest.raises(ValueError, match=message):
+            meaning(lively, texts, **settings)
+
 
 
 @pytest.mark.parametrize("texts, message", [("go left", r"give \[text\]"), (["go", "  "], "blank")])
@@ -377,12 +384,15 @@ def test_a_goal_encoder_is_found_again(lively, tmp_path):
     lively.save_pretrained(tmp_path, dtype=None)
     encoder = GoalEncoder(lively, tmp_path)
     spec = encoder.spec()
+    assert spec.pop("weights") == sha256(tmp_path/"model.safetensors")[:24]
     assert spec == dict(type="grounded", folder=str(tmp_path), domain="line")
     np.testing.assert_allclose(GoalEncoder.from_spec(spec).encode(["Go."]), encoder.encode(["Go."]), atol=1e-5)
     with pytest.raises(ValueError, match="type 'sentence'"):
         GoalEncoder.from_spec(dict(type="sentence"))
     with pytest.raises(FileNotFoundError, match="no shipped checkpoint for domain 'line'"):
         GoalEncoder.from_spec(GoalEncoder(lively).spec())
+    with pytest.raises(ValueError, match="is not the one that this policy learned with"):
+        GoalEncoder.from_spec(encoder.spec() | dict(weights="others"))   # grounded again in the same folder
 
 
 def test_vectors_are_the_cached_decoder_s_too(lively):

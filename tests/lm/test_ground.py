@@ -5,11 +5,15 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from architectures import tiny_backbone
 from conftest import ROOT, python
 from lively import made_up
@@ -21,7 +25,7 @@ import kalm.lm.ground as ground_module
 from kalm.core import files
 from kalm.core.domain import codec_of
 from kalm.core.episodes import collect
-from kalm.core.files import numpy_rng, read_csv
+from kalm.core.files import numpy_rng, owned, read_csv
 from kalm.lm.examples import Examples, Planned, collate
 from kalm.lm.ground import Grounder, Losses, Training, ground, learning_rate, prepare
 from kalm.lm.model import PAD, Adapter, KalmLM, Normaliser
@@ -391,7 +395,7 @@ def test_the_record_names_what_is_logged():
 @pytest.mark.parametrize("arch", ["gemma2", "gpt2", "mistral-window", "llama-bos"])
 def test_other_backbones_learn_too_and_read_branches_as_if_they_were_alone(arch, domain, data, tmp_path):
     config = replace(CONFIG, backbone=tiny_backbone(arch, tmp_path / "backbone"), steps=3, negatives=40)
-    training = Training(domain, data, config, None)
+    training = Training(Accelerator(cpu=True), domain, data, config, None)
     before = {name: p.detach().clone() for name, p in training.lm.own_parameters().items()}
     for k in range(3):
         training.step((0, k))
@@ -562,7 +566,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_good_state(domain, 
 
 @discrete_only
 def test_a_poisoned_batch_leaves_the_weights_as_they_were(domain, data, tmp_path):
-    training = Training(domain, data, CONFIG, tmp_path)
+    training = Training(Accelerator(cpu=True), domain, data, CONFIG, tmp_path)
     training.step((0, 0))
     training.checkpoint()
     before = {name: p.detach().clone() for name, p in training.lm.own_parameters().items()}
@@ -657,6 +661,38 @@ def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path)
     assert ends[0].read_text() == ends[1].read_text()
     assert [row["step"] for row in log(tmp_path / "out")] == ["2", "4", "6", "8"]
     assert (tmp_path / "out" / "kalm.json").exists()
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    "Killed, it can tell them nothing: they see that it is gone."
+    (tmp_path / "shared.py").write_text(SHARED.replace("CONFIG, out", "replace(CONFIG, steps=10**6), out")
+                                        .replace("import os, sys", "import os, sys\nfrom dataclasses import replace"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "shared.py"), str(tmp_path / "out")]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")])
+    launcher = subprocess.Popen(command, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+                                                               PYTHONPATH=paths), stderr=subprocess.DEVNULL)
+
+    def at_work():
+        return subprocess.run(["pgrep", "-f", str(tmp_path / "shared.py")], capture_output=True).stdout
+
+    wait_for(lambda: log(tmp_path / "out") if (tmp_path / "out" / "log.csv").exists() else [])
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not at_work())
+
+
+def wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_two_do_not_ground_in_one_folder(domain, data, tmp_path):
+    with owned(tmp_path), pytest.raises(RuntimeError, match="another process works in"):
+        ground(domain, data, CONFIG, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- a start, and what is refused

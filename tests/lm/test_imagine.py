@@ -8,6 +8,7 @@ import torch
 from lively import assert_close, lively_lm, made_up, same
 from worlds import line, reached
 
+import kalm.lm.decode as decode_module
 import kalm.lm.imagine as imagine_module
 import kalm.lm.parts as parts_module
 from kalm.core.files import numpy_rng
@@ -514,6 +515,27 @@ def test_a_goal_too_long_for_the_model_is_refused_before_anything_is_imagined(di
             generate(lm, domain, goals, [0], state)
         with pytest.raises(ValueError, match=message):
             act_in(lm, domain, goals, episodes=1)
+
+
+def test_beside_a_very_long_sentence_few_rows_are_at_work(discrete, rows, monkeypatch):
+    "Every slot is as long as the longest prompt: with 256 of them a single sentence fills the memory."
+    lm, domain = discrete
+    goals, index, states = rows
+    sizes, begin = [], decode_module.CachedDecoder.__init__
+
+    def counted(self, lm, slots):
+        sizes.append(slots)
+        begin(self, lm, slots)
+
+    monkeypatch.setattr(decode_module.CachedDecoder, "__init__", counted)
+    short = generate(lm, domain, goals, index, states)
+    long = Goal("walk " * 300, "offline", 5, {"side": "right"})
+    monkeypatch.setattr(decode_module, "MOST_READ", 4000)
+    beside = generate(lm, domain, [*goals, long], [*index, 4], np.concatenate([states, states[:1]]))
+    assert sizes[0] == 15 and 1 <= sizes[1] <= 4
+    for a, b in zip(short, beside):
+        np.testing.assert_array_equal(a.actions, b.actions)
+        np.testing.assert_allclose(a.states, b.states, atol=1e-4)
 
 
 def test_rewards_that_are_no_numbers_are_refused_before_anything_is_imagined(discrete, monkeypatch):

@@ -266,3 +266,5 @@ def test_perplexity_of_text(cache):
     assert perplexity(lm, texts, words=32) == pytest.approx(head.weight.shape[0], rel=1e-4)
     with pytest.raises(ValueError, match="no text of at least 32 tokens"):
         perplexity(lm, ["short"], words=32)
+    with pytest.raises(ValueError, match="words 1: expected a whole number, at least 2"):
+        perplexity(lm, texts, words=1)   # no word has one before it

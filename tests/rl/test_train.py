@@ -290,6 +290,17 @@ def test_threads_are_given_back():
     assert torch.get_num_threads() == n
 
 
+def test_two_do_not_train_in_one_folder(tmp_path):
+    "Both would succeed, and the curves hold every row twice."
+    def intrude(policy, step):
+        with pytest.raises(RuntimeError, match="another process works in"):
+            BC(hidden=16).fit(replay(), steps=4, out=tmp_path)
+
+    BC(hidden=16).fit(replay(), steps=4, out=tmp_path, callback=intrude, every=Every(log=2))
+    assert [row["step"] for row in read_csv(tmp_path/"curve.csv")] == ["2", "4"]
+    assert not (tmp_path/".lock").exists()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -12,9 +12,10 @@ import pytest
 
 import kalm
 from kalm.core.domain import domain
+from kalm.core.files import owned
 from kalm.core.results import read_results
 from kalm.run.command import STAGES, configure, main, parser, run_stages
-from kalm.run.folder import Run, owned
+from kalm.run.folder import Run
 from kalm.run.policies import jobs, rows_of
 from kalm.run.presets import Imagined, preset, presets_for
 

@@ -71,6 +71,14 @@ def test_the_stage_that_a_message_names_is_the_remedy(stage, name, run):
     assert (run / name).exists()
 
 
+def test_a_quality_file_of_another_shape_is_made_again(run, finished):
+    path = run / "imagined" / "rephrase" / "quality.json"
+    for other in ([], 3, dict(rollouts=8)):
+        save_json(path, other)
+        assert main(["imagine", *ARGS[1:], str(run)]) == 0
+        assert path.read_bytes() == (finished / "imagined" / "rephrase" / "quality.json").read_bytes()
+
+
 def test_shards_of_another_model_or_of_other_rollouts_are_made_again(run, finished):
     marks = run / "imagined" / "rephrase" / "shards" / "00000.json"
     for change in (dict(model="another"), dict(rollouts="others"), dict(passed=["False"] * 8), dict(passed=[True])):
