@@ -26,7 +26,8 @@ setup(
     package_data={"kalm": ["assets/**/*"], "kalm.clevr": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "play", "babyai")},
+    extras_require={key.removesuffix("_requirements"): value.split() for key, value in cfg.items()
+                    if key.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "kalm.domains": cfg["domains"].split()},
     zip_safe=False,
 )

@@ -10,6 +10,7 @@ _WHERE = {name: module for module, names in {
     "kalm.core.rollouts": ("Rollout", "Rollouts"),
     "kalm.core.domain": ("domain", "Behaviour", "Features", "Limits", "Words"),
     "kalm.core.gym_domain": ("GymDomain",),
+    "kalm.core.minari": ("from_minari", "to_minari"),
     "kalm.core.episodes": ("collect", "evaluate", "replay", "Evaluation"),
     "kalm.lm.model": ("KalmLM", "Adapter"),
     "kalm.lm.settings": ("GroundConfig",),
@@ -21,6 +22,7 @@ _WHERE = {name: module for module, names in {
     "kalm.rl.bc": ("BC",),
     "kalm.rl.cql": ("CQL",),
     "kalm.rl.td3bc": ("TD3BC",),
+    "kalm.rl.d3rlpy": ("OnnxPolicy", "from_d3rlpy", "to_d3rlpy"),
     "kalm.run.policies": ("load_policy",),
 }.items() for name in names}
 
