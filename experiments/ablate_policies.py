@@ -21,8 +21,9 @@ from kalm.core.rollouts import Rollouts
 from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
 from kalm.run.folder import Run, commit, need
-from kalm.run.policies import Job, datasets, evaluate_policy, in_processes, jobs, rows_of, train_job
+from kalm.run.policies import Job, datasets, evaluate_policy, jobs, rows_of, train_job
 from kalm.run.presets import OURS, Mixing, Training, preset
+from kalm.run.workers import in_processes
 
 OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
 PAPERS = Mixing()

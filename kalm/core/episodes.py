@@ -26,8 +26,8 @@ from .rollouts import REAL, Rollouts
 from .settings import check_numbers, whole_number, yes_or_no
 
 # %% auto #0
-__all__ = ['SIDE_BY_SIDE', 'Choose', 'MAX_TRIES', 'play', 'CollectOptions', 'collect', 'check_rollouts', 'replay', 'Evaluation',
-           'evaluate']
+__all__ = ['SIDE_BY_SIDE', 'Choose', 'MAX_TRIES', 'play', 'CollectOptions', 'collect', 'collect_shard', 'shards_of',
+           'check_rollouts', 'replay', 'Evaluation', 'evaluate']
 
 # %% ../../nbs/core/80_episodes.ipynb #420e9eae
 SIDE_BY_SIDE = 256  # episodes stepped together, stored together, and drawn from one random stream
@@ -282,14 +282,8 @@ def collect(domain: Domain,
     Rollouts
         fewer than `n` if it was stopped: call again with the same `out`
     """
-    goals, options, n = check_goals(goals), CollectOptions(**options), whole_number("n", n)
-    if not goals or n < 1:
-        raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")
-    name, behaviour = behaviour_of(check_domain(domain), policy)
-    if options.keep_failures is not None:
-        behaviour = replace(behaviour, keep_failures=options.keep_failures)
-    job, folder = _Job(domain, goals, behaviour, name, whole_number("seed", seed)), None if out is None else Path(out)
-    index = balanced(goals, n, numpy_rng(seed, "collect", "goals"))
+    options, folder = CollectOptions(**options), None if out is None else Path(out)
+    job, index = _job_of(domain, goals, n, policy, seed, options.keep_failures)
     with owned(folder):
         if folder:
             _claim_data(job, n, folder)
@@ -297,11 +291,45 @@ def collect(domain: Domain,
                 return done
         parts = [index[i:i + SIDE_BY_SIDE] for i in range(0, n, SIDE_BY_SIDE)]
         shards = _shards(job, parts, folder and folder/"shards", options)
-        result = Rollouts.concat(shards) if shards else _nothing(domain, goals)
+        result = Rollouts.concat(shards) if shards else _nothing(domain, job.goals)
         if folder and len(result) == n:
             result.save(folder/"rollouts.npz")
             shutil.rmtree(folder/"shards", ignore_errors=True)
     return result
+
+
+def collect_shard(domain: Domain, goals: Sequence[Goal], n: int,
+                  shard: int,                        # 0 to shards_of(n) - 1
+                  policy: str | None = None, seed: int = 0,
+                  out: str | Path = "", keep_failures: bool | None = None) -> None:
+    """Store one shard where `collect`, called with the same arguments, looks for it: for workers that share a folder.
+
+    Parameters
+    ----------
+    shard
+        0 to shards_of(n) - 1
+    """
+    job, index = _job_of(domain, goals, n, policy, seed, keep_failures)
+    part = index[shard * SIDE_BY_SIDE:(shard + 1) * SIDE_BY_SIDE]
+    job.stored_or_collected(part, shard, Path(out)/"shards", float("inf"))
+
+
+def shards_of(n: int) -> int:
+    "How many shards `n` rollouts are collected in."
+    return -(-n // SIDE_BY_SIDE)
+
+
+def _job_of(domain: Domain, goals: Sequence[Goal], n: int, policy: str | None, seed: int, keep_failures: bool | None
+           ) -> tuple[_Job, np.ndarray]:
+    "What is to be done, and the goal of each of `n` rollouts."
+    goals, n = check_goals(goals), whole_number("n", n)
+    if not goals or n < 1:
+        raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")
+    name, behaviour = behaviour_of(check_domain(domain), policy)
+    if keep_failures is not None:
+        behaviour = replace(behaviour, keep_failures=keep_failures)
+    job = _Job(domain, goals, behaviour, name, whole_number("seed", seed))
+    return job, balanced(goals, n, numpy_rng(seed, "collect", "goals"))
 
 
 def _claim_data(job: _Job, n: int, folder: Path) -> None:

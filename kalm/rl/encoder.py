@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.files import atomic_write, cache_dir, digest_of, fetch_wheel, load_json, sha256
+from ..tensors.store import one_thread
 
 # %% auto #0
 __all__ = ['DEFAULT_ENCODER', 'MINILM', 'Encoder', 'check_texts', 'GivenEncodings', 'mean_pool', 'SentenceEncoder',
@@ -302,7 +303,8 @@ class Whitening:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray: # (N, E) -> (N, E) float32
         "The encodings after the map."
-        return ((rows - self.mean) @ self.matrix).astype(np.float32)
+        with one_thread():   # NumPy's own product differs between numbers of threads
+            return (torch.from_numpy(np.float32(rows - self.mean)) @ torch.from_numpy(self.matrix)).numpy()
 
     def spec(self) -> dict:
         "Its identity, as JSON."

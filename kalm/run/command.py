@@ -106,6 +106,8 @@ def _add_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--out", type=Path, help="run folder (default runs/PRESET, runs/DOMAIN-PRESET for other domains)")
     s.add_argument("--seed", type=int, help="decides every random number (default: the preset's)")
     s.add_argument("--max-minutes", type=float, help="stop cleanly at a checkpoint after this long")
+    s.add_argument("--ray", metavar="ADDRESS", default="",
+                   help="host:port of a Ray cluster (or auto) whose machines see the run folder under the same path")
     s.add_argument("--backbone", help="causal language model: a hub name or a folder (implies --ground-afresh)")
     s.add_argument("--ground-afresh", action="store_true", help="ground a model instead of using the shipped one")
     s.add_argument("--debug", action="store_true", help="show a traceback for errors")
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         fetch(check_preset(p, domain(a.domain)), domain(a.domain), stages)
         with owned(out):
             sweep(out)
-            run_stages(Run(p, a.domain, out, a.max_minutes), stages)
+            run_stages(Run(p, a.domain, out, a.max_minutes, ray=a.ray), stages)
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

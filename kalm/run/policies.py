@@ -6,15 +6,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,12 +29,13 @@ from ..rl.train import TRAINING_FORMAT, Every
 from .folder import Run, Stopped, commit, device, need, set_aside, whole
 from .presets import Preset, Training
 from .stages import grounded_lm, real_rollouts
-from ..tensors.store import load_state, load_tensors, read_header
+from .workers import in_processes
+from ..tensors.store import load_state, load_tensors, read_about, read_header, save_tensors
 
 # %% auto #0
 __all__ = ['ACTED', 'Job', 'jobs', 'judged_on', 'datasets', 'replay_of', 'encoder_of', 'whitening_of', 'home_of', 'kept_steps',
-           'train_job', 'make_room', 'train_stage', 'in_processes', 'load_policy', 'Row', 'rows_of', 'is_shown',
-           'evaluate_policy', 'evaluate_lm', 'evaluate_stage']
+           'train_job', 'make_room', 'train_stage', 'load_policy', 'Row', 'rows_of', 'is_shown', 'evaluate_policy',
+           'evaluate_lm', 'evaluate_stage']
 
 # %% ../../nbs/run/40_policies.ipynb #3a2571dc
 @dataclass(frozen=True)
@@ -128,12 +122,19 @@ def encoder_of(run: Run) -> SentenceEncoder:
 
 
 def whitening_of(run: Run, encoder: SentenceEncoder) -> Whitening | None:
-    "One for all policies of a run: fitted on the sentences of the taught level and of the levels imagined for."
-    p, d = run.preset, run.domain
+    """One for all policies of a run: fitted on the sentences of the taught level and of the levels imagined for.
+
+    Kept in the run, as encodings are, and for the same reason."""
+    p, d, path = run.preset, run.domain, run.out/"sentences"/"whitening.safetensors"
     if not p.mixing.whitening:
         return None
-    texts = [goal.text for level in (d.levels[0], *p.imagined) for goal in d.goals(level)]
-    return Whitening.fit(encoder, texts, p.mixing.whitening)
+    if not whole(load_tensors, path):
+        texts = [goal.text for level in (d.levels[0], *p.imagined) for goal in d.goals(level)]
+        fitted = Whitening.fit(encoder, texts, p.mixing.whitening)
+        save_tensors(path, dict(mean=torch.from_numpy(fitted.mean), matrix=torch.from_numpy(fitted.matrix)),
+                     dict(whitening=fitted.spec()))
+    kept = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    return Whitening(**kept, about=read_about(path)["whitening"])
 
 # %% ../../nbs/run/40_policies.ipynb #27724100
 def home_of(out: Path, job: Job, seed: int) -> Path:
@@ -193,7 +194,7 @@ def train_stage(run: Run) -> None:
     p, minutes = run.preset, run.minutes_left()
     todo = [job for job in jobs(p) if not _trained(run, job)]
     until = None if minutes is None else time.time() + 60 * minutes
-    encoder_of(run)   # once, for all
+    whitening_of(run, encoder_of(run))   # once, for all
     reached = {}
     with progress_bar(len(todo), "training", "job") as bar:
         for job, steps in in_processes(run, train_job, [(job, (job, until)) for job in todo]):
@@ -208,53 +209,6 @@ def _trained(run: Run, job: Job) -> bool:
     "Whether all the policies that will be evaluated are there, and whole."
     return all(whole(load_tensors, home_of(run.out, job, seed)/f"step-{step}"/"policy.safetensors")
                for seed in run.seeds() for step in kept_steps(run.preset, job.training))
-
-# %% ../../nbs/run/40_policies.ipynb #56df4438
-def in_processes(run: Run, f: Callable, calls: list[tuple]) -> Iterator[tuple]:
-    "(name, f(run, *arguments)) for each (name, arguments), as they get done; an error gives up what has not begun."
-    workers = min(len(calls), os.cpu_count() or 1)
-    if workers < 2 or not run.spec or device() == "cuda":
-        for name, arguments in calls:
-            yield name, f(run, *arguments)
-        return
-    about, todo, waiting = (run.preset, run.spec, str(run.out)), list(reversed(calls)), {}
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet)
-    try:
-        while todo or waiting:
-            while todo and len(waiting) < workers:   # no more than are at work: nothing waits that a stop cannot reach
-                name, arguments = todo.pop()
-                waiting[pool.submit(_call, f, about, arguments)] = name
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
-    except BaseException:   # an interrupt, an error, a caller that wants no more: what is half done is given up
-        for process in list(pool._processes.values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _call(f: Callable, about: tuple, arguments: tuple):
-    "In a worker: open the run again and call `f` on it."
-    run = Run(*about, quiet=True)
-    if hasattr(run.domain, "threads"):
-        run.domain.threads = 1   # of the simulator: other calls keep the other cores busy
-    return f(run, *arguments)
-
-
-def _quiet() -> None:
-    """Worker processes: one thread, nothing on the terminal; their errors come back as exceptions.
-
-    An interrupt is the parent's business, which ends them; if the parent is gone, killed, they end themselves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-
-
-def _end_with(parent) -> None:
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 # %% ../../nbs/run/40_policies.ipynb #6759f343
 def load_policy(folder: str | Path,
@@ -306,7 +260,7 @@ def rows_of(run: Run) -> list[Row]:
         for seed in run.seeds():
             for job in jobs(p):
                 step = kept_steps(p, job.training)[-1 - k]
-                folder = str(home_of(run.out, job, seed)/f"step-{step}")
+                folder = str(home_of(run.out.resolve(), job, seed)/f"step-{step}")
                 rows += [Row(job.method, level, seed, step, folder) for level in judged_on(p, d, job)]
     return rows + [Row(name, level, p.seed) for name in ("lm", "lm-bc") if name in p.baselines for level in d.levels]
 

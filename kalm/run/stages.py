@@ -5,13 +5,14 @@
 # %% ../../nbs/run/30_stages.ipynb #14753da1
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.episodes import collect
+from ..core.episodes import collect, collect_shard, shards_of
 from ..core.files import load_json, numpy_rng, save_json, start_seeds
 from ..core.goals import Goal
 from ..core.progress import progress_bar
@@ -26,27 +27,40 @@ from ..lm.quality import quality, repair_unreal
 from ..lm.settings import GroundConfig, TaskWeights
 from .folder import Run, Stopped, device, need, set_aside, whole
 from .presets import Imagined
+from .workers import in_processes
 from ..tensors.store import digest_of_tensors, fast_dtype, load_state, load_tensors
 
 # %% auto #0
 __all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'check_grounded', 'grounded_lm',
-           'imagine_stage']
+           'imagine_stage', 'imagine_shard']
 
 # %% ../../nbs/run/30_stages.ipynb #422193b4
 def collect_stage(run: Run) -> None:
     "data/: real rollouts for the goals that data show; oracle/LEVEL/: the expert's for novel goals, if asked for."
     p, d = run.preset, run.domain
-    real = collect(d, d.goals(d.levels[0]), p.rollouts, policy=p.behaviour, seed=p.seed, out=run.out/"data",
-                   max_minutes=run.minutes_left())
-    if len(real) < p.rollouts:
-        raise Stopped()
-    n = real.lengths
-    run.say(f"  {len(real):,} real rollouts, median {np.median(n):g}, mean {n.mean():.1f} steps")
+    n = _collected(run, run.out/"data", d.levels[0], p.rollouts, policy=p.behaviour).lengths
+    run.say(f"  {len(n):,} real rollouts, median {np.median(n):g}, mean {n.mean():.1f} steps")
     for level, plan in p.imagined.items() if "oracle" in p.baselines else ():
-        made = collect(d, d.goals(level), plan.rollouts, policy="expert", seed=p.seed, out=run.out/"oracle"/level,
-                       keep_failures=True, max_minutes=run.minutes_left())   # some goals are out of its reach
-        if len(made) < plan.rollouts:
-            raise Stopped()
+        _collected(run, run.out/"oracle"/level, level, plan.rollouts, policy="expert",
+                   keep_failures=True)   # some goals are out of its reach
+
+
+def _collected(run: Run, folder: Path, level: str, n: int, **how) -> Rollouts:
+    "A data set of the run; its shards made on the run's cluster, if there is one."
+    if run.ray and not whole(Rollouts.load, folder/"rollouts.npz"):
+        calls = [(shard, (str(folder.relative_to(run.out)), level, n, how, shard)) for shard in range(shards_of(n))]
+        for _ in in_processes(run, _shard_there, calls):
+            run.minutes_left()
+    made = collect(run.domain, run.domain.goals(level), n, seed=run.preset.seed, out=folder,
+                   max_minutes=run.minutes_left(), **how)
+    if len(made) < n:
+        raise Stopped()
+    return made
+
+
+def _shard_there(run: Run, folder: str, level: str, n: int, how: dict, shard: int) -> None:
+    "On a worker: one shard of a data set."
+    collect_shard(run.domain, run.domain.goals(level), n, shard, seed=run.preset.seed, out=run.out/folder, **how)
 
 
 def real_rollouts(run: Run) -> Rollouts:
@@ -148,28 +162,24 @@ def _summary(q: dict) -> str:
 # %% ../../nbs/run/30_stages.ipynb #b71d7bf2
 def _shards(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Path) -> tuple[Rollouts, np.ndarray]:
     "Generate or read the shards of one level; the rollouts, and which of them passed the filter."
-    goals, seed, n = run.domain.goals(level), run.preset.seed, plan.rollouts
-    index = np.resize(numpy_rng(seed, "imagine", level).permutation(len(goals)), n)
-    seeds = start_seeds(seed, n, "imagine", level)
-    shards, passed, model = [], [], digest_of_tensors(lm.own_parameters())[:24]
-    with progress_bar(n, f"imagining {level}", "rollout") as bar:
-        for k, first in enumerate(range(0, n, SHARD)):
-            rows = slice(first, first + SHARD)
-            path, marks = folder/"shards"/f"{k:05d}.npz", folder/"shards"/f"{k:05d}.json"
-            if not whole(_marked, path, marks, model, len(index[rows])):
-                run.minutes_left()
-                made, ok = _imagine_shard(run, lm, goals, plan, index[rows], seeds[rows])
-                made.save(path)
-                save_json(marks, dict(passed=ok.tolist(), rollouts=made.digest(), model=model))
-            made, ok = _marked(path, marks, model, len(index[rows]))
-            shards.append(made)
-            passed += ok
-            bar.update(len(shards[-1]))
-    return Rollouts.concat(shards), np.array(passed, bool)
+    model, sizes = digest_of_tensors(lm.own_parameters())[:24], _sizes(plan.rollouts)
+    todo = [k for k, size in enumerate(sizes) if not whole(_marked, folder, k, model, size)]
+    there = sum(sizes) - sum(sizes[k] for k in todo)
+    with progress_bar(sum(sizes), f"imagining {level}", "rollout", there) as bar:
+        for k in _imagined_shards(run, lm, level, todo):
+            bar.update(sizes[k])
+    shards, passed = zip(*(_marked(folder, k, model, size) for k, size in enumerate(sizes)))
+    return Rollouts.concat(shards), np.concatenate(passed).astype(bool)
 
 
-def _marked(path: Path, marks: Path, model: str, n: int) -> tuple[Rollouts, list[bool]]:
-    "A shard and which of it passed; `ValueError` unless this model imagined these very rollouts."
+def _sizes(n: int) -> list[int]:
+    "Of the shards of `n` rollouts."
+    return [min(SHARD, n - first) for first in range(0, n, SHARD)]
+
+
+def _marked(folder: Path, k: int, model: str, n: int) -> tuple[Rollouts, list[bool]]:
+    "Shard `k` and which of it passed; `ValueError` unless this model imagined these very rollouts."
+    path, marks = folder/"shards"/f"{k:05d}.npz", folder/"shards"/f"{k:05d}.json"
     made, about = Rollouts.load(path), load_json(marks)
     expected = dict(rollouts=made.digest(), model=model) if "model" in about else {}   # older ones do not say
     passed, foreign = about.get("passed", []), any(about.get(k) != v for k, v in expected.items())
@@ -178,8 +188,48 @@ def _marked(path: Path, marks: Path, model: str, n: int) -> tuple[Rollouts, list
     return made, passed
 
 
-def _imagine_shard(run: Run, lm: KalmLM, goals: list[Goal], plan: Imagined, index: np.ndarray, seeds: np.ndarray
-                  ) -> tuple[Rollouts, np.ndarray]:
+def _imagined_shards(run: Run, lm: KalmLM, level: str, todo: list[int]) -> Iterator[int]:
+    "Make shards, here or on the run's cluster; their numbers as they get done."
+    if run.ray:
+        for k, _ in in_processes(run, imagine_shard, [(k, (level, k)) for k in todo], torch.get_num_threads()):
+            yield k
+            run.minutes_left()
+        return
+    for k in todo:
+        run.minutes_left()
+        imagine_shard(run, level, k, lm)
+        yield k
+
+
+_LOADED: dict[str, KalmLM] = {}   # by a worker that makes one shard after the other
+
+
+def imagine_shard(run: Run, level: str,
+                  k: int,                   # its number
+                  lm: KalmLM | None = None  # the run's model, if it is there already
+                 ) -> None:
+    """Imagine and store one shard of a level, with marks that say which of it passed the filter and whose it is.
+
+    Parameters
+    ----------
+    k
+        its number
+    lm
+        the run's model, if it is there already
+    """
+    if lm is None:
+        lm = _LOADED[str(run.out)] = _LOADED.get(str(run.out)) or grounded_lm(run)
+    plan, goals, seed = run.preset.imagined[level], run.domain.goals(level), run.preset.seed
+    rows = slice(k * SHARD, (k + 1) * SHARD)
+    index = np.resize(numpy_rng(seed, "imagine", level).permutation(len(goals)), plan.rollouts)[rows]
+    made, passed = _imagined_now(run, lm, goals, plan, index, start_seeds(seed, plan.rollouts, "imagine", level)[rows])
+    folder, model = run.out/"imagined"/level/"shards", digest_of_tensors(lm.own_parameters())[:24]
+    made.save(folder/f"{k:05d}.npz")
+    save_json(folder/f"{k:05d}.json", dict(passed=passed.tolist(), rollouts=made.digest(), model=model))
+
+
+def _imagined_now(run: Run, lm: KalmLM, goals: list[Goal], plan: Imagined, index: np.ndarray, seeds: np.ndarray
+                 ) -> tuple[Rollouts, np.ndarray]:
     "Rollouts from the starts of these seeds, and which passed the filter (all, where none is asked for)."
     states = run.domain.start(goals, index, seeds).states
     settings = Imagination(seed=run.preset.seed, max_steps=run.preset.imagine_steps, batch_size=SHARD,

@@ -23,7 +23,7 @@ def finished(tmp_path_factory, session_cache) -> Path:
     "A whole run, in this process."
     patch = pytest.MonkeyPatch()
     patch.setenv("KALM_CACHE", str(session_cache))
-    patch.setattr("kalm.run.policies.os.cpu_count", lambda: 1)
+    patch.setattr("kalm.run.workers.os.cpu_count", lambda: 1)
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*ARGS, str(out)]) == 0
     patch.undo()
@@ -33,7 +33,7 @@ def finished(tmp_path_factory, session_cache) -> Path:
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch) -> Path:
     "A copy of it."
-    monkeypatch.setattr("kalm.run.policies.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("kalm.run.workers.os.cpu_count", lambda: 1)
     return shutil.copytree(finished, tmp_path / "run")
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from kalm.core.domain import domain
 from kalm.run.folder import Run
-from kalm.run.policies import in_processes
+from kalm.run.workers import in_processes
 from kalm.run.presets import preset
 
 
 def job(run, name, seconds):
     "Say that it began, work, say that it is done."
-    (run.out/f"{name}.began").write_text(str(os.getpid()))
+    (run.out/f"{name}.tmp").write_text(str(os.getpid()))
+    (run.out/f"{name}.tmp").rename(run.out/f"{name}.began")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         sum(range(10_000))
