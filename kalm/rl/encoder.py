@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.files import atomic_write, cache_dir, digest_of, fetch_wheel, load_json, sha256
-from ..tensors.store import one_thread
 
 # %% auto #0
 __all__ = ['DEFAULT_ENCODER', 'MINILM', 'Encoder', 'check_texts', 'GivenEncodings', 'mean_pool', 'SentenceEncoder',
@@ -303,8 +302,8 @@ class Whitening:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray: # (N, E) -> (N, E) float32
         "The encodings after the map."
-        with one_thread():   # NumPy's own product differs between numbers of threads
-            return (torch.from_numpy(np.float32(rows - self.mean)) @ torch.from_numpy(self.matrix)).numpy()
+        # in double precision: single rounding differs between processors and numbers of threads, and matrices are steep
+        return ((np.float64(rows) - self.mean) @ np.float64(self.matrix)).astype(np.float32)
 
     def spec(self) -> dict:
         "Its identity, as JSON."
