@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import signal
@@ -35,7 +36,7 @@ from .strips import gif
 
 # %% auto #0
 __all__ = ['STAGES', 'run_stages', 'parser', 'configure', 'fetch', 'folder_of', 'policy_of', 'play_sentence', 'show_presets',
-           'suggested', 'main']
+           'check_processes', 'suggested', 'main']
 
 # %% ../../nbs/run/70_command.ipynb #27986ef3
 STAGES: dict[str, Callable[[Run], None]] = dict(
@@ -106,6 +107,8 @@ def _add_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--out", type=Path, help="run folder (default runs/PRESET, runs/DOMAIN-PRESET for other domains)")
     s.add_argument("--seed", type=int, help="decides every random number (default: the preset's)")
     s.add_argument("--max-minutes", type=float, help="stop cleanly at a checkpoint after this long")
+    s.add_argument("--processes", type=int,
+                   help="how many processes `torchrun` or `accelerate launch` was asked for; other numbers are refused")
     s.add_argument("--ray", metavar="ADDRESS", default="",
                    help="host:port of a Ray cluster (or auto) whose machines see the run folder under the same path")
     s.add_argument("--backbone", help="causal language model: a hub name or a folder (implies --ground-afresh)")
@@ -183,6 +186,23 @@ def show_presets(a: argparse.Namespace) -> None:
         print(f"{p.name:10} {p.about}\n{'':10} {p.rollouts:,} real and {imagined:,} imagined rollouts; {trained}; "
               f"{p.seeds} seeds; {p.episodes:,} episodes a level")
 
+# %% ../../nbs/run/70_command.ipynb #b609e701
+def check_processes(expected: int | None, stages: Sequence[str]) -> bool: # whether this is the first of them
+    """`ValueError` if a launcher started another number of processes, or several for more than grounding.
+
+    Returns
+    -------
+    bool
+        whether this is the first of them
+    """
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if expected is not None and expected != n:
+        raise ValueError(f"--processes {expected}, but the launcher started {n}: on CPUs use "
+                         f"`torchrun --nproc_per_node {expected} -m kalm ground ...`")
+    if n > 1 and list(stages) != ["ground"]:
+        raise ValueError(f"{n} processes: only grounding shares its work among them; launch the other stages alone")
+    return os.environ.get("RANK", "0") == "0"
+
 # %% ../../nbs/run/70_command.ipynb #983e9cb3
 def suggested(text: str, argv: list[str] | None) -> str:
     "A message whose advice, `kalm STAGE`, has the options that were given."
@@ -208,10 +228,12 @@ def main(argv: list[str] | None = None) -> int:
         p, out, stages = configure(a), folder_of(a), list(STAGES) if a.command == "run" else [a.command]
         if stages[0] != "collect" and not out.exists():
             raise FileNotFoundError(f"{out} is not there: run `kalm collect` first")
+        first = check_processes(a.processes, stages)
         fetch(check_preset(p, domain(a.domain)), domain(a.domain), stages)
-        with owned(out):
-            sweep(out)
-            run_stages(Run(p, a.domain, out, a.max_minutes, ray=a.ray), stages)
+        with owned(out if first else None):
+            if first:
+                sweep(out)
+            run_stages(Run(p, a.domain, out, a.max_minutes, quiet=not first, ray=a.ray), stages)
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 import kalm
 from kalm.core.domain import domain
-from kalm.core.files import owned
+from kalm.core.files import owned, read_csv
 from kalm.core.results import read_results
 from kalm.run.command import STAGES, configure, main, parser, run_stages
 from kalm.run.folder import Run
@@ -157,3 +158,21 @@ def test_presets_are_json_and_say_what_they_are_for():
 def test_the_command_is_installed():
     done = subprocess.run([str(Path(sys.executable).with_name("kalm")), "presets"], capture_output=True, text=True)
     assert done.returncode == 0 and "smoke" in done.stdout
+
+
+def test_several_processes_ground_together_and_only_that(cache, tmp_path, monkeypatch, capsys):
+    args = ["--domain", "worlds:discrete_line", "--preset", "smoke", "--out", str(tmp_path/"r")]
+    assert main(["ground", *args, "--processes", "2"]) == 1   # nobody launched two
+    assert main(["collect", *args, "--processes", "1"]) == 0
+    assert main(["ground", *args, "--processes", "2"]) == 1
+    assert "--processes 2, but the launcher started 1" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", *args]) == 1
+    assert "only grounding shares its work" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kalm", "ground", *args,
+                  "--processes", "2", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("[1/1] ground") == 1 and (tmp_path/"r"/"grounded"/"kalm.json").exists()
+    steps = [row["step"] for row in read_csv(tmp_path/"r"/"grounded"/"log.csv")]
+    assert steps and len(steps) == len({*steps})
