@@ -31,7 +31,8 @@ from ..tensors.store import fast_dtype, load_state, save_state
 
 # %% auto #0
 __all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'learning_rate', 'use_bf16', 'Losses', 'Grounder', 'prepare', 'make_optimiser',
-           'Progress', 'RunFolder', 'model_digest', 'words_digest', 'positions', 'Training', 'ground']
+           'Progress', 'RunFolder', 'share_out', 'frozen_names', 'model_digest', 'words_digest', 'positions',
+           'Training', 'ground']
 
 # %% ../../nbs/lm/50_ground.ipynb #c0d28782
 def learning_rate(step: int, config: GroundConfig) -> float:
@@ -318,6 +319,33 @@ def load(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer) -> Progr
         cut_csv(self.out/"log.csv", lambda row: int(row["step"]) <= progress.step)
     return progress
 
+# %% ../../nbs/lm/50_ground.ipynb #5a5e07c3
+def share_out(lm: KalmLM,
+              n: int # processes
+             ) -> None:
+    """Leave each process a part of the backbone's frozen blocks. `ValueError` where nothing is frozen.
+
+    Parameters
+    ----------
+    n
+        processes
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if lm.adapter is None or lm.adapter.full:
+        raise ValueError("shard: all of this backbone learns; expected an adapter, beside which it is frozen")
+    kinds, mesh = {*(lm.backbone._no_split_modules or ())}, init_device_mesh(lm.device.type, (n,))
+    blocks = [m for m in lm.backbone.modules() if type(m).__name__ in kinds]
+    if not blocks:
+        raise ValueError(f"shard: {type(lm.backbone).__name__} does not say which of its modules are blocks")
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p.requires_grad})
+
+
+def frozen_names(module: nn.Module) -> list[str]:
+    "Parameters that no gradient reaches: nothing to average."
+    return [name for name, p in module.named_parameters() if not p.requires_grad]
+
 # %% ../../nbs/lm/50_ground.ipynb #c338afa1
 def model_digest(lm: KalmLM, config: GroundConfig) -> str:
     "What a run begins with: the backbone's weights, a start checkpoint's, features, actions, prompts."
@@ -347,7 +375,8 @@ def positions(examples: Examples, start: tuple[int, int]) -> Iterator[tuple[int,
 
 class Training:
     "A model, its examples and its optimiser, on one or several processes."
-    def __init__(self, accelerator, domain: Domain, rollouts: Rollouts, config: GroundConfig, out: Path | None):
+    def __init__(self, accelerator, domain: Domain, rollouts: Rollouts, config: GroundConfig, out: Path | None,
+                 shard: bool = False):
         self.accelerator, self.config, self.parent = accelerator, config, os.getppid()
         with self.accelerator.main_process_first():   # a backbone that is not there yet is fetched once
             self.lm = prepare(domain, rollouts, config)
@@ -359,8 +388,13 @@ class Training:
                        words=words_digest(domain.words, rollouts))
         self.folder = RunFolder(out, request, self.accelerator.is_main_process)
         self.progress = self.folder.load(self.lm, self.optimiser)
-        grounder = Grounder(self.lm, config.text_weight, self.accelerator.num_processes)
-        self.grounder = self.accelerator.prepare(grounder) if self.accelerator.num_processes > 1 else grounder
+        n = self.accelerator.num_processes
+        self.grounder = Grounder(self.lm, config.text_weight, n)
+        if shard and n > 1:
+            share_out(self.lm, n)
+            self.grounder._ddp_params_and_buffers_to_ignore = frozen_names(self.grounder)
+        if n > 1:
+            self.grounder = self.accelerator.prepare(self.grounder)
 
     def is_over(self, until: float | None) -> bool: # a time of `time.monotonic`
         """Whether all steps are done, or time is up on any process. `RuntimeError` if the launcher is gone.
@@ -421,7 +455,9 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
            out: str | Path | None = None,      # folder for log, state and model; a run that it holds is continued
            max_minutes: float | None = None,   # stop cleanly at a checkpoint after this long
            callback: Callable[[KalmLM, int], None] | None = None, # at each checkpoint, with the model and the step
-           progress: bool = True               # a bar, on a terminal
+           progress: bool = True,              # a bar, on a terminal
+           shard: bool = False                 # several processes share the backbone's frozen weights; load the result
+                                               # from `out` then, since the model that is returned is in parts
           ) -> KalmLM:
     """Train a `KalmLM` on the grounding tasks. An interrupted run that is continued gives the same weights.
 
@@ -440,14 +476,18 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
         at each checkpoint, with the model and the step
     progress
         a bar, on a terminal
+    shard
+        several processes share the backbone's frozen weights; load the result from `out` then, since the model that is returned is in parts
     """
     from accelerate import Accelerator
     check_rollouts(check_domain(domain), rollouts)
+    if shard and callback:
+        raise ValueError("shard: a callback would get a model in parts; leave one of the two out")
     until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     accelerator, out = Accelerator(cpu=not torch.cuda.is_available()), Path(out) if out else None
     main = accelerator.is_main_process
     with owned(out if main else None):
-        training = Training(accelerator, domain, rollouts, config, out)
+        training = Training(accelerator, domain, rollouts, config, out, shard)
         lm, state = training.lm, training.progress
         with progress_bar(config.steps, "grounding", "step", state.step, progress and main) as bar:
             training.run(until, callback, bar)

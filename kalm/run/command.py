@@ -109,6 +109,8 @@ def _add_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--max-minutes", type=float, help="stop cleanly at a checkpoint after this long")
     s.add_argument("--processes", type=int,
                    help="how many processes `torchrun` or `accelerate launch` was asked for; other numbers are refused")
+    s.add_argument("--shard", action="store_true",
+                   help="processes that ground together share the backbone's frozen weights (FSDP), for large ones")
     s.add_argument("--ray", metavar="ADDRESS", default="",
                    help="host:port of a Ray cluster (or auto) whose machines see the run folder under the same path")
     s.add_argument("--backbone", help="causal language model: a hub name or a folder (implies --ground-afresh)")
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         with owned(out if first else None):
             if first:
                 sweep(out)
-            run_stages(Run(p, a.domain, out, a.max_minutes, quiet=not first, ray=a.ray), stages)
+            run_stages(Run(p, a.domain, out, a.max_minutes, quiet=not first, ray=a.ray, shard=a.shard), stages)
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

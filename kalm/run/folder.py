@@ -82,16 +82,19 @@ class Run:
         stop cleanly at a checkpoint after this long
     ray
         address of a Ray cluster whose machines see `out` too
+    shard
+        several processes that ground share the frozen weights
     """
     def __init__(self, preset: Preset,
                  spec: str | Domain,              # a domain's name, package.module:object, or a domain itself
                  out: str | Path,
                  max_minutes: float | None = None, # stop cleanly at a checkpoint after this long
                  quiet: bool = False,
-                 ray: str = ""):                   # address of a Ray cluster whose machines see `out` too
+                 ray: str = "",                    # address of a Ray cluster whose machines see `out` too
+                 shard: bool = False):             # several processes that ground share the frozen weights
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes {max_minutes}: expected more than 0")
-        self.preset, self.out, self.quiet, self.ray = preset, Path(out), quiet, ray
+        self.preset, self.out, self.quiet, self.ray, self.shard = preset, Path(out), quiet, ray, shard
         self.spec = spec if isinstance(spec, str) else ""       # what another process finds the domain by
         self.domain = domain(spec) if isinstance(spec, str) else check_domain(spec)
         check_preset(preset, self.domain)

@@ -97,7 +97,7 @@ def _grounded(run: Run, config: GroundConfig, folder: Path, n: int) -> None:
     "Ground a model in `folder` on the first `n` real rollouts, if it is not there already."
     if not whole(check_grounded, folder):
         set_aside(run, folder/"state.safetensors", load_state, STATE_FORMAT)
-        ground(run.domain, real_rollouts(run)[:n], config, out=folder, max_minutes=run.minutes_left())
+        ground(run.domain, real_rollouts(run)[:n], config, out=folder, max_minutes=run.minutes_left(), shard=run.shard)
     if not whole(check_grounded, folder):
         raise Stopped()
 

@@ -27,7 +27,7 @@ from kalm.core.domain import codec_of
 from kalm.core.episodes import collect
 from kalm.core.files import numpy_rng, owned, read_csv
 from kalm.lm.examples import Examples, Planned, collate
-from kalm.lm.ground import Grounder, Losses, Training, ground, learning_rate, prepare
+from kalm.lm.ground import Grounder, Losses, Training, ground, learning_rate, prepare, share_out
 from kalm.lm.model import PAD, Adapter, KalmLM, Normaliser
 from kalm.lm.sequences import ARROW, MEANING, prompts_of
 from kalm.lm.settings import TASKS, GroundConfig, TaskWeights
@@ -661,6 +661,36 @@ def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path)
     assert ends[0].read_text() == ends[1].read_text()
     assert [row["step"] for row in log(tmp_path / "out")] == ["2", "4", "6", "8"]
     assert (tmp_path / "out" / "kalm.json").exists()
+
+
+def test_the_backbone_can_be_shared_out(tmp_path):
+    "Each of two processes keeps half of the frozen blocks, and the same is learned."
+    for name, shard in (("whole", False), ("shared", True)):
+        seen = SHARED.replace("max_minutes=5", f"max_minutes=5, shard={shard}")
+        seen += '''
+frozen = [p for p in lm.backbone.model.layers.parameters() if not p.requires_grad]
+parts = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
+Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text(repr(parts / sum(p.numel() for p in frozen)))
+'''
+        (tmp_path / "shared.py").write_text(seen)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = python(*launch, str(tmp_path / "shared.py"), str(tmp_path / name), ACCELERATE_USE_CPU="true",
+                      OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")]))
+        assert (tmp_path / name / "kalm.json").exists(), done.stderr[-2000:]
+    assert [float((tmp_path / f"whole-{rank}").read_text()) for rank in (0, 1)] == [1, 1]
+    assert [float((tmp_path / f"shared-{rank}").read_text()) for rank in (0, 1)] == [.5, .5]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "shared"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], atol=1e-5, rtol=1e-2)
+
+
+@discrete_only
+def test_what_cannot_be_shared_out(domain, data):
+    lm = prepare(domain, data, replace(CONFIG, adapter=Adapter(full=True)))
+    with pytest.raises(ValueError, match="shard: all of this backbone learns"):
+        share_out(lm, 2)
+    with pytest.raises(ValueError, match="shard: a callback"):
+        ground(domain, data, CONFIG, shard=True, callback=print)
 
 
 def test_processes_end_with_their_launcher(tmp_path):

@@ -171,7 +171,7 @@ def test_several_processes_ground_together_and_only_that(cache, tmp_path, monkey
     assert "only grounding shares its work" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kalm", "ground", *args,
-                  "--processes", "2", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+                  "--processes", "2", "--shard", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("[1/1] ground") == 1 and (tmp_path/"r"/"grounded"/"kalm.json").exists()
     steps = [row["step"] for row in read_csv(tmp_path/"r"/"grounded"/"log.csv")]
