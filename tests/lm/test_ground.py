@@ -629,7 +629,7 @@ def test_options_train_and_come_back(change, domain, data, tmp_path, monkeypatch
 
 # Each process keeps its own file: lines that two processes print can land in one another.
 SHARED = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 from lively import made_up
 from test_ground import CONFIG
@@ -638,50 +638,37 @@ from kalm.lm.ground import ground
 domain = line()
 lm = ground(domain, made_up(domain, 24, 5), CONFIG, out=sys.argv[1], max_minutes=5)
 total = sum(float(p.detach().double().abs().sum()) for p in lm.own_parameters().values())
-Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text(repr(total))
+frozen = [p for p in lm.backbone.model.layers.parameters() if not p.requires_grad]
+kept = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
+kept /= sum(p.numel() for p in frozen)
+Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text(json.dumps(dict(total=total, kept=kept)))
 """
 
 
-def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    done = python(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "shared.py"),
-        str(tmp_path / "out"),
-        ACCELERATE_USE_CPU="true",
-        OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")]),
-    )
-    ends = [tmp_path / f"out-{rank}" for rank in (0, 1)]
+def two_processes(folder, **settings):
+    "Ground on two processes, in `folder`/out; each leaves what it says in a file of its own."
+    more = "".join(f", {name}={value}" for name, value in settings.items())
+    (folder / "shared.py").write_text(SHARED.replace("max_minutes=5", "max_minutes=5" + more))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")])
+    done = python(*launch, str(folder / "shared.py"), str(folder / "out"), ACCELERATE_USE_CPU="true",
+                  OMP_NUM_THREADS="1", PYTHONPATH=paths)
+    ends = [folder / f"out-{rank}" for rank in (0, 1)]
     assert all(end.exists() for end in ends), done.stderr[-2000:]
-    assert ends[0].read_text() == ends[1].read_text()
-    assert [row["step"] for row in log(tmp_path / "out")] == ["2", "4", "6", "8"]
-    assert (tmp_path / "out" / "kalm.json").exists()
+    return [json.loads(end.read_text()) for end in ends], load_file(folder / "out" / "model.safetensors")
 
 
-def test_the_backbone_can_be_shared_out(tmp_path):
-    "Each of two processes keeps half of the frozen blocks, and the same is learned."
-    for name, shard in (("whole", False), ("shared", True)):
-        seen = SHARED.replace("max_minutes=5", f"max_minutes=5, shard={shard}")
-        seen += '''
-frozen = [p for p in lm.backbone.model.layers.parameters() if not p.requires_grad]
-parts = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
-Path(f"{sys.argv[1]}-{os.environ['RANK']}").write_text(repr(parts / sum(p.numel() for p in frozen)))
-'''
-        (tmp_path / "shared.py").write_text(seen)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = python(*launch, str(tmp_path / "shared.py"), str(tmp_path / name), ACCELERATE_USE_CPU="true",
-                      OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")]))
-        assert (tmp_path / name / "kalm.json").exists(), done.stderr[-2000:]
-    assert [float((tmp_path / f"whole-{rank}").read_text()) for rank in (0, 1)] == [1, 1]
-    assert [float((tmp_path / f"shared-{rank}").read_text()) for rank in (0, 1)] == [.5, .5]
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "shared"))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, other[name], atol=1e-5, rtol=1e-2)
+def test_two_processes_share_the_batches_and_the_backbone(tmp_path):
+    "They end with the same weights; with half of the frozen blocks each, they learn the same."
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "shared").mkdir()
+    said, whole = two_processes(tmp_path / "whole")
+    assert said[0] == said[1] and said[0]["kept"] == 1
+    assert [row["step"] for row in log(tmp_path / "whole" / "out")] == ["2", "4", "6", "8"]
+    said, shared = two_processes(tmp_path / "shared", shard=True)
+    assert said[0] == said[1] and said[0]["kept"] == .5
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, shared[name], atol=1e-5, rtol=1e-2)
 
 
 @discrete_only
@@ -695,8 +682,8 @@ def test_what_cannot_be_shared_out(domain, data):
 
 def test_processes_end_with_their_launcher(tmp_path):
     "Killed, it can tell them nothing: they see that it is gone."
-    (tmp_path / "shared.py").write_text(SHARED.replace("CONFIG, out", "replace(CONFIG, steps=10**6), out")
-                                        .replace("import os, sys", "import os, sys\nfrom dataclasses import replace"))
+    endless = SHARED.replace("CONFIG, out", "replace(CONFIG, steps=10**6), out")
+    (tmp_path / "shared.py").write_text("from dataclasses import replace" + endless)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(tmp_path / "shared.py"), str(tmp_path / "out")]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lm")])
