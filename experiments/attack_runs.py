@@ -1,15 +1,15 @@
 """Kill small runs at random moments, damage their files, hand nonsense to every door: results/attacks.json.
 
     python experiments/attack_runs.py kills [--kills 200] [--domains worlds:discrete_line ...] [--seed 0]
-    python experiments/attack_runs.py damage [--domains ...] [--seed 0]
+    python experiments/attack_runs.py damage [--damages 300] [--domains ...] [--seed 0]
 
 `kills`: the preset `smoke` in several worlds, in one process and with workers. A run is killed (SIGKILL; its workers
 have to end by themselves) after a random time, started again by the same command, killed again, and at last left to
 end. Its files have to be those of a run that nobody disturbed, to the byte, and so does every row of its results.
 
-`damage`: every file of a finished run, in turn, is removed, emptied, cut, filled with noise, has a bit flipped at one
-of several places, or (JSON) holds a value of another kind. The same command has to give the same files again, or one
-line that names the file; no file but the damaged one may be lost.
+`damage`: a file of a finished run is removed, emptied, cut, filled with noise, has a bit flipped at one of several
+places, or (JSON) holds a value of another kind. The same commands have to give the same files again, or one line that
+names the file; no file but the damaged one may be lost. So many pairs of a file and a damage are drawn.
 """
 
 import argparse
@@ -56,8 +56,11 @@ def in_child(args: list[str], cores: int, log: Path, cache: str) -> int:
 
 
 def main_of_kalm(args: list[str]) -> int:
-    from kalm.run.command import main
-    return main(args)
+    "`kalm ARGS`; for `all` in place of a command, every stage but the figures, which are drawn anew each time."
+    from kalm.run.command import STAGES, main
+    if args[0] != "all":
+        return main(args)
+    return next((code for stage in list(STAGES)[:-1] if (code := main([stage, *args[1:]]))), 0)
 
 
 def ended(pid: int, seconds: float | None = None) -> int | None:
@@ -167,19 +170,20 @@ def damages(path: Path, rng: random.Random) -> dict[str, bytes | None]:
     return out
 
 
-def damage(specs: list[str], rng: random.Random, work: Path, cache: str) -> list[dict]:
+def damage(specs: list[str], n: int, rng: random.Random, work: Path, cache: str) -> list[dict]:
     "Rows: world, file, damage, and what came of it: `same`, `refused` (in one line), or what went wrong."
     rows = []
     for spec in specs:
         base = work/f"{spec.replace(':', '-')}-base"
         whole = whole_run(spec, base, cache)
-        for path in sorted(p for p in base.rglob("*") if p.is_file() and p.suffix != ".png"):
+        files = sorted(p for p in base.rglob("*") if p.is_file() and p.suffix != ".png")
+        cases = [(path, what, new) for path in files for what, new in damages(path, rng).items()]
+        for path, what, new in rng.sample(cases, min(len(cases), -(-n // len(specs)))):
             name = str(path.relative_to(base))
-            for what, new in damages(path, rng).items():
-                outcome = damaged(spec, base, name, new, whole, work, cache)
-                rows.append(dict(world=spec, file=name, damage=what, outcome=outcome))
-                if outcome not in ("same", "refused"):
-                    print(rows[-1], flush=True)
+            outcome = damaged(spec, base, name, new, whole, work, cache)
+            rows.append(dict(world=spec, file=name, damage=what, outcome=outcome))
+            if outcome not in ("same", "refused"):
+                print(rows[-1], flush=True)
         print(spec, Counter(row["outcome"] for row in rows if row["world"] == spec), flush=True)
     return rows
 
@@ -190,7 +194,7 @@ def damaged(spec: str, base: Path, name: str, new: bytes | None, whole: dict[str
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, out)
     (out/name).unlink() if new is None else (out/name).write_bytes(new)
-    code = ended(in_child(["run", "--domain", spec, "--preset", "smoke", "--out", str(out)], 1, log, cache))
+    code = ended(in_child(["all", "--domain", spec, "--preset", "smoke", "--out", str(out)], 1, log, cache))
     said = [line for line in log.read_text().splitlines() if line.startswith(("kalm:", "TRACEBACK", "Traceback"))]
     if code == 0:
         lost = compared(whole, contents(out))
@@ -206,6 +210,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("kills", "damage"))
     p.add_argument("--kills", type=int, default=200)
+    p.add_argument("--damages", type=int, default=300)
     p.add_argument("--domains", nargs="+", default=list(WORLDS))
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=RESULTS)
@@ -222,7 +227,7 @@ def main() -> None:
     rng = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as work:
         rows = (kills(a.domains, a.kills, rng, Path(work), cache) if a.what == "kills"
-                else damage(a.domains, rng, Path(work), cache))
+                else damage(a.domains, a.damages, rng, Path(work), cache))
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     found[a.what] = dict(commit=commit.stdout.strip(), seed=a.seed, rows=rows)

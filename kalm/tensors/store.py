@@ -92,7 +92,7 @@ def save_tensors(path: str | Path,
     """
     path = Path(path)
     side = path.with_name(path.name + ".sha256")
-    old = side.read_text().split()[:1] if side.exists() else []
+    old = side.read_text(errors="replace").split()[:1] if side.exists() else []
     kept = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     check_finite_tensors(kept, str(path))
     check = digest_of(dict(about or {}, tensors=digest_of_tensors(kept)))

@@ -218,3 +218,13 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
     for k in range(8):
         save_tensors(tmp_path/f"{k}.safetensors", weights(), dict(a=1, format=FORMAT))
     assert len({(tmp_path/f"{k}.safetensors").read_bytes() for k in range(8)}) == 1
+
+
+def test_a_damaged_checksum_does_not_stop_a_new_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.ones(2)})
+    path.with_name(path.name + ".sha256").write_bytes(bytes(range(128, 160)))
+    with pytest.raises(ValueError, match="differs from its checksum"):
+        load_tensors(path)
+    save_tensors(path, {"a": torch.ones(2)})
+    assert load_tensors(path)["a"].tolist() == [1, 1]
