@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from .settings import whole_number
 
 # %% auto #0
 __all__ = ['UMASK', 'CHECKSUMS', 'entropy', 'numpy_rng', 'start_seeds', 'atomic_write', 'naming', 'publish', 'sweep', 'save_json',
-           'load_json', 'sha256', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'owned', 'append_csv', 'read_csv',
-           'cut_csv', 'cache_dir', 'fetch_wheel']
+           'load_json', 'sha256', 'seal', 'check_sha256', 'digest_of', 'claim', 'lock_file', 'owned', 'append_csv',
+           'read_csv', 'write_csv', 'cut_csv', 'cache_dir', 'fetch_wheel']
 
 # %% ../../nbs/core/10_files.ipynb #c4725901
 def entropy(seed: int,     # 0 or more
@@ -231,6 +231,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def seal(path: str | Path) -> None:
+    "Put a file's checksum beside it, for `check_sha256`."
+    path = Path(path)
+    with atomic_write(path.with_name(path.name + ".sha256")) as tmp:
+        tmp.write_text(sha256(path) + "\n")
+
+
 def check_sha256(path: str | Path, # the file; its checksum lies in `path` + ".sha256"
                 ) -> None:
     """Compare a file with the checksum beside it, where there is one; `ValueError` if they differ.
@@ -429,6 +436,23 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 # %% ../../nbs/core/10_files.ipynb #61326760
+def write_csv(path: str | Path, rows: Sequence[dict] # column -> value, the same columns in each
+             ) -> None:
+    """All rows of a table at once, as `append_csv` would write them one by one; nothing where there are none.
+
+    Parameters
+    ----------
+    rows
+        column -> value, the same columns in each
+    """
+    if not rows:
+        Path(path).unlink(missing_ok=True)
+        return
+    with atomic_write(path) as tmp:
+        for row in rows:
+            append_csv(tmp, row)
+
+
 def cut_csv(path: str | Path,                        # a file of `append_csv`
             keep: Callable[[dict[str, str]], bool],  # whether a row stays
            ) -> None:
@@ -447,11 +471,8 @@ def cut_csv(path: str | Path,                        # a file of `append_csv`
     except (KeyError, ValueError) as e:
         raise ValueError(f"{path} is another table than is expected here ({type(e).__name__}: {e}): damaged or changed "
                          "by hand; delete it to have it made again") from None
-    if len(kept) == len(rows):
-        return
-    with atomic_write(path) as tmp:
-        for row in kept:
-            append_csv(tmp, row)
+    if len(kept) < len(rows):
+        write_csv(path, kept)
 
 # %% ../../nbs/core/10_files.ipynb #6c029140
 def cache_dir() -> Path:

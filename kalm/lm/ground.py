@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.domain import Domain, Features, Words, check_domain, codec_of
 from ..core.episodes import check_rollouts
-from ..core.files import append_csv, claim, cut_csv, digest_of, owned, sha256
+from ..core.files import append_csv, claim, cut_csv, digest_of, owned, seal, sha256, write_csv
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
 from .actions import ActionLoss, weighted_mean
@@ -257,6 +257,7 @@ class RunFolder:
     def __init__(self, out: str | Path | None, request: dict, # JSON; decides every number of the run
                  writes: bool = True): # whether this process does
         self.out, self.writes, self.request = out and Path(out), writes, digest_of(request)
+        self.rows: list[dict] = []   # of log.csv; stored with the state, which can write the table again
         if self.out:
             claim(self.out, request, "a grounding run")
 
@@ -271,7 +272,8 @@ class RunFolder:
         if self.out and self.writes:
             about = dict(step=progress.step, epoch=progress.position[0], tokens=progress.tokens,
                          seconds=round(progress.seconds, 1))
-            append_csv(self.out/"log.csv", about | {name: round(x, 5) for name, x in row.items()})
+            self.rows.append(about | {name: round(x, 5) for name, x in row.items()})
+            append_csv(self.out/"log.csv", self.rows[-1])
         return row
 
     def kept(self) -> str:
@@ -298,13 +300,14 @@ def save(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer, progress
     for name, p in lm.own_parameters().items():
         for key, value in optimiser.state.get(p, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    save_state(self.state_path, tensors, progress.to_json() | dict(request=self.request), STATE_FORMAT)
+    about = progress.to_json() | dict(request=self.request, rows=self.rows)
+    save_state(self.state_path, tensors, about, STATE_FORMAT)
 
 
 @patch
 def load(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer) -> Progress:
     "Put weights and moments back, and drop later rows of the log. `ValueError` for a damaged or foreign state."
-    progress = Progress()
+    progress, about = Progress(), {}
     if self.out and self.state_path.exists():
         tensors, about = load_state(self.state_path, STATE_FORMAT)
         if about.get("request") != self.request:
@@ -314,8 +317,10 @@ def load(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer) -> Progr
         for name, p in lm.own_parameters().items():
             moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
             optimiser.state[p] = {key: value.to(p.device) for key, value in moments.items()}
-        progress = Progress.from_json(about)
-    if self.out and self.writes:
+        progress, self.rows = Progress.from_json(about), about.get("rows", [])
+    if self.out and self.writes and "rows" in about:
+        write_csv(self.out/"log.csv", self.rows)
+    elif self.out and self.writes:   # a state of before version 0.3, or none
         cut_csv(self.out/"log.csv", lambda row: int(row["step"]) <= progress.step)
     return progress
 
@@ -493,6 +498,8 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
             training.run(until, callback, bar)
         if out and main and state.step >= config.steps:
             lm.save_pretrained(out)
+            if (out/"log.csv").exists():
+                seal(out/"log.csv")
         accelerator.wait_for_everyone()
     return lm
 

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import append_csv, claim, cut_csv, owned
+from ..core.files import append_csv, claim, cut_csv, owned, seal, write_csv
 from ..core.progress import progress_bar
 from ..core.settings import check_numbers, real_number, whole_number
 from .policy import GoalMLP, GoalMLPs, Policy
@@ -199,6 +199,7 @@ class _Training:
         self.out = Path(out) if out else None
         self.homes = [] if self.out is None else [self._home(s) for s in self.seeds]
         self.records: list = []  # of the steps since the last row of the curve
+        self.rows: list[list[dict]] = [[] for _ in self.seeds]   # of the curves; the checkpoint can write them again
 
     def _home(self, seed: int) -> Path:
         return self.out if self.alone else self.out.with_name(f"{self.out.name}-{seed}")
@@ -263,6 +264,7 @@ def open(self: _Training, steps: int) -> None:
     for folder in [*taken, *places]:  # what is taken first: nothing is written if one of them refuses
         claim(folder, places[folder], "a policy's training")
     state = self.out/"training.safetensors"
+    about = {}
     if state.exists():
         tensors, about = load_state(state, TRAINING_FORMAT)
         _set_states(self.rngs, tensors.pop("batches"))
@@ -270,8 +272,12 @@ def open(self: _Training, steps: int) -> None:
     if self.learner.steps > steps:
         raise ValueError(f"{self.out} already holds {self.learner.steps} steps, {steps} were asked for: "
                          "ask for more, or choose another folder")
-    for home in self.homes:
-        cut_csv(home/"curve.csv", lambda row: int(row["step"]) <= self.learner.steps)
+    for k, home in enumerate(self.homes):
+        if "rows" in about:
+            self.rows[k] = about["rows"][k]
+            write_csv(home/"curve.csv", self.rows[k])
+        else:   # a checkpoint of before version 0.3, or none
+            cut_csv(home/"curve.csv", lambda row: int(row["step"]) <= self.learner.steps)
 
 
 @patch
@@ -279,7 +285,7 @@ def save(self: _Training) -> None:
     "The checkpoint."
     batches = torch.stack([g.get_state() for g in self.rngs])
     save_state(self.out/"training.safetensors", self.learner.tensors() | dict(batches=batches),
-               dict(step=self.learner.steps), TRAINING_FORMAT)
+               dict(step=self.learner.steps, rows=self.rows), TRAINING_FORMAT)
 
 
 @patch
@@ -287,7 +293,8 @@ def write(self: _Training, means: dict[str, list[float]]) -> None:
     "A row of each seed's curve."
     for k, home in enumerate(self.homes):
         row = {name: value[k] for name, value in means.items()}
-        append_csv(home/"curve.csv", dict(step=self.learner.steps, **row))
+        self.rows[k].append(dict(step=self.learner.steps, **row))
+        append_csv(home/"curve.csv", self.rows[k][-1])
 
 # %% ../../nbs/rl/40_train.ipynb #2aac94aa
 def train(algorithm,                        # settings with `name`, `batch_size`, `learner(replay, seeds)`, such as BC()
@@ -337,6 +344,8 @@ def train(algorithm,                        # settings with `name`, `batch_size`
         result = job.policies()
         for home, policy in zip(job.homes, [result] if job.alone else result):
             policy.save(home)
+            if (home/"curve.csv").exists():
+                seal(home/"curve.csv")
     return result
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..core.domain import Domain
 from ..core.episodes import Evaluation, evaluate
-from ..core.files import cut_csv, lock_file
+from ..core.files import check_sha256, cut_csv, lock_file
 from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
@@ -206,9 +206,11 @@ def train_stage(run: Run) -> None:
 
 
 def _trained(run: Run, job: Job) -> bool:
-    "Whether all the policies that will be evaluated are there, and whole."
-    return all(whole(load_tensors, home_of(run.out, job, seed)/f"step-{step}"/"policy.safetensors")
-               for seed in run.seeds() for step in kept_steps(run.preset, job.training))
+    "Whether all the policies that will be evaluated and the curves are there, and whole."
+    homes = [home_of(run.out, job, seed) for seed in run.seeds()]
+    return all(whole(check_sha256, home/"curve.csv") for home in homes) and all(
+        whole(load_tensors, home/f"step-{step}"/"policy.safetensors")
+        for home in homes for step in kept_steps(run.preset, job.training))
 
 # %% ../../nbs/run/40_policies.ipynb #6759f343
 def load_policy(folder: str | Path,

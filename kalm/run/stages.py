@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.episodes import collect, collect_shard, shards_of
-from ..core.files import load_json, numpy_rng, save_json, start_seeds
+from ..core.files import check_sha256, load_json, numpy_rng, save_json, start_seeds
 from ..core.goals import Goal
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
@@ -91,6 +91,8 @@ def check_grounded(folder: Path) -> None:
     "`FileNotFoundError` or `ValueError` unless a whole grounded model lies there."
     load_json(folder/"kalm.json")
     load_tensors(folder/"model.safetensors")
+    if (folder/"log.csv.sha256").exists():   # a short run has no log
+        check_sha256(folder/"log.csv")
 
 
 def _grounded(run: Run, config: GroundConfig, folder: Path, n: int) -> None:

@@ -62,6 +62,20 @@ def test_whatever_is_lost_is_made_again(damage, run, finished):
             assert (run / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip], ids=["missing", "cut", "flipped"])
+def test_tables_of_training_are_written_again_without_training_again(damage, run, finished, monkeypatch):
+    "Their rows are stored with the checkpoints."
+    tables = ["grounded/log.csv", "policies/bc-0/curve.csv", "policies/cql+kalm-rephrase-0/curve.csv"]
+    for name in tables:
+        damage(run / name)
+    monkeypatch.setattr("kalm.rl.train.Learner.step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("kalm.lm.ground.Training.step", lambda *args: pytest.fail("grounded again"))
+    assert main([*ARGS, str(run)]) == 0
+    for name in tables:
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    assert rows(run) == rows(finished)
+
+
 @pytest.mark.parametrize(
     "stage, name", [("train", "policies/bc-0/step-40"), ("imagine", "imagined"), ("ground", "grounded")]
 )
