@@ -9,7 +9,6 @@ d3rlpy pins an older Gymnasium, so this runs in an environment of its own:
 import argparse
 import warnings
 
-import d3rlpy
 import torch
 
 
@@ -34,6 +33,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
+    import d3rlpy  # not in kalm's own environment
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     d3rlpy.seed(a.seed)
