@@ -26,8 +26,8 @@ from .rollouts import REAL, Rollouts
 from .settings import check_numbers, whole_number, yes_or_no
 
 # %% auto #0
-__all__ = ['SIDE_BY_SIDE', 'Choose', 'MAX_TRIES', 'play', 'CollectOptions', 'collect', 'collect_shard', 'shards_of',
-           'check_rollouts', 'replay', 'Evaluation', 'evaluate']
+__all__ = ['SIDE_BY_SIDE', 'Choose', 'MAX_TRIES', 'play', 'check_rollouts', 'CollectOptions', 'collect', 'collect_shard',
+           'shards_of', 'replay', 'Evaluation', 'evaluate']
 
 # %% ../../nbs/core/80_episodes.ipynb #420e9eae
 SIDE_BY_SIDE = 256  # episodes stepped together, stored together, and drawn from one random stream
@@ -106,6 +106,19 @@ class _Record:
         t = int(self.lengths.max(initial=0))
         return dict(states=self.states[:, :t + 1], actions=self.actions[:, :t], rewards=self.rewards[:, :t],
                     lengths=self.lengths, success=self.success, failure=self.failure, truncated=self.truncated)
+
+# %% ../../nbs/core/80_episodes.ipynb #845059f7
+def check_rollouts(domain: Domain, rollouts: Rollouts) -> None:
+    "`ValueError` for rollouts that cannot be of this domain."
+    codec = codec_of(domain)
+    if rollouts.domain and rollouts.domain != domain.name:
+        raise ValueError(f"rollouts of domain {rollouts.domain!r} were handed to {domain.name!r}")
+    width = domain.state_space.shape[0]
+    if rollouts.states.shape[2] != width:
+        raise ValueError(f"rollouts with states of {rollouts.states.shape[2]} numbers: {domain.name!r} has {width}")
+    if rollouts.codec is not None and rollouts.codec != codec:
+        raise ValueError(f"rollouts with actions {rollouts.codec}: {domain.name!r} has {codec}")
+    codec.check(rollouts.actions[rollouts.mask])
 
 # %% ../../nbs/core/80_episodes.ipynb #a87abcad
 MAX_TRIES = 200  # starts that a behaviour may fail from before a goal is given up
@@ -345,19 +358,6 @@ def _nothing(domain: Domain, goals: Sequence[Goal]) -> Rollouts:
     return Rollouts(np.zeros((0, 2, width)), codec.zeros(0, 1), goals=goals, codec=codec, domain=domain.name)
 
 # %% ../../nbs/core/80_episodes.ipynb #ac163594
-def check_rollouts(domain: Domain, rollouts: Rollouts) -> None:
-    "`ValueError` for rollouts that cannot be of this domain."
-    codec = codec_of(domain)
-    if rollouts.domain and rollouts.domain != domain.name:
-        raise ValueError(f"rollouts of domain {rollouts.domain!r} were handed to {domain.name!r}")
-    width = domain.state_space.shape[0]
-    if rollouts.states.shape[2] != width:
-        raise ValueError(f"rollouts with states of {rollouts.states.shape[2]} numbers: {domain.name!r} has {width}")
-    if rollouts.codec is not None and rollouts.codec != codec:
-        raise ValueError(f"rollouts with actions {rollouts.codec}: {domain.name!r} has {codec}")
-    codec.check(rollouts.actions[rollouts.mask])
-
-
 def replay(domain: Domain, rollouts: Rollouts) -> Rollouts:
     """What really happens when the actions of (imagined) rollouts are carried out from their starts.
 
