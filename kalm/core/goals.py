@@ -15,8 +15,8 @@ import numpy as np
 from .files import load_json, save_json
 
 # %% auto #0
-__all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_from_json', 'in_turn', 'by_task', 'balanced', 'check_goals',
-           'check_index']
+__all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_to_json', 'goals_from_json', 'in_turn', 'by_task', 'balanced',
+           'one_goal', 'check_goals', 'check_index']
 
 # %% ../../nbs/core/20_goals.ipynb #4cbf71ee
 @dataclass(frozen=True)
@@ -109,12 +109,17 @@ def save_goals(path: str | Path,      # written whole or not at all
     goals
         kept in order
     """
-    save_json(path, {"format": FORMAT, "goals": [g.to_json() for g in goals]})
+    save_json(path, goals_to_json(goals))
 
 
 def load_goals(path: str | Path) -> list[Goal]:
     "The goals in a file of `save_goals`; `FileNotFoundError` or `ValueError` name the file."
     return goals_from_json(load_json(path), str(path))
+
+
+def goals_to_json(goals: Sequence[Goal]) -> dict:
+    "A list of goals as a JSON value."
+    return {"format": FORMAT, "goals": [g.to_json() for g in goals]}
 
 
 def goals_from_json(value,      # what `save_goals` writes
@@ -204,6 +209,11 @@ def balanced(goals: Sequence[Goal],    # at least one
     return np.concatenate(picks)[:n].astype(np.int64)
 
 # %% ../../nbs/core/20_goals.ipynb #f411f4cd
+def one_goal(goal: Goal | str | None) -> list[Goal]:
+    "A goal, or a sentence that becomes one, as a list; empty for None."
+    return [] if goal is None else [Goal(goal) if isinstance(goal, str) else goal]
+
+
 def check_goals(goals: Sequence[Goal]) -> list[Goal]:
     "The goals as a list; `ValueError` for anything else among them."
     goals = list(goals)

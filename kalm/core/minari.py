@@ -19,8 +19,7 @@ import gymnasium as gym
 import numpy as np
 
 from .actions import Actions, DiscreteActions, actions_from_spec, actions_of
-from .goals import FORMAT as GOAL_FORMAT
-from .goals import Goal, goals_from_json
+from .goals import Goal, goals_from_json, goals_to_json, one_goal
 from .rollouts import FLAGS, SOURCES, Rollout, Rollouts
 
 # %% auto #0
@@ -39,8 +38,10 @@ def _minari() -> ModuleType:
 def to_minari(rollouts: Rollouts,  # that know which actions there are
               dataset_id: str,     # as Minari names data sets: kalm/clevr-hard-v0
               **about              # for Minari: `description`, `author`, `env`, ...
-             ):                    # the MinariDataset
-    """Store rollouts as a Minari data set. `ValueError` for a name that is taken, or rollouts without a codec.
+             ):
+    """Store rollouts, and give the MinariDataset that holds them.
+
+    `ValueError` for a name that is taken, or rollouts without a codec.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def to_minari(rollouts: Rollouts,  # that know which actions there are
     dataset_id
         as Minari names data sets: kalm/clevr-hard-v0
     **about
-        for Minari: `description`, `author`, `env`, ... the MinariDataset
+        for Minari: `description`, `author`, `env`, ...
     """
     minari, codec = _minari(), rollouts.codec
     if codec is None:
@@ -63,9 +64,8 @@ def to_minari(rollouts: Rollouts,  # that know which actions there are
     with _published(minari, dataset_id), warnings.catch_warnings():
         warnings.simplefilter("ignore")   # Minari wants more words about a data set
         made = minari.create_dataset_from_buffers(dataset_id, episodes, **spaces, **about)
-        goals = dict(format=GOAL_FORMAT, goals=[g.to_json() for g in rollouts.goals])
-        made.storage.update_metadata(dict(kalm=json.dumps(dict(domain=rollouts.domain, actions=codec.spec(),
-                                                               goals=goals))))
+        known = dict(domain=rollouts.domain, actions=codec.spec(), goals=goals_to_json(rollouts.goals))
+        made.storage.update_metadata(dict(kalm=json.dumps(known)))
     return minari.load_dataset(dataset_id)
 
 
@@ -135,7 +135,7 @@ def from_minari(dataset,                    # a MinariDataset, or the name of on
         raise ValueError(f"observations {space}: expected vectors, a Box of shape (S,)")
     about = json.loads(dataset.storage.metadata.get("kalm", "{}"))
     codec = actions_from_spec(about["actions"]) if about else actions_of(dataset.action_space)
-    goals = goals_from_json(about["goals"], dataset.id) if about else _goal_list(goal)
+    goals = goals_from_json(about["goals"], dataset.id) if about else one_goal(goal)
     rows = list(dataset.episode_indices)
     notes = list(dataset.storage.get_episode_metadata(rows))
     made = [_rollout(episode, note, terminated) for episode, note in zip(dataset.iterate_episodes(rows), notes)]
@@ -150,10 +150,6 @@ def _loaded(dataset_id: str):
         raise FileNotFoundError(f"no Minari data set {dataset_id!r} on this machine (there are: "
                                 f"{', '.join(known) or 'none'}): minari.download_dataset({dataset_id!r})")
     return minari.load_dataset(dataset_id)
-
-
-def _goal_list(goal: Goal | str | None) -> list[Goal]:
-    return [] if goal is None else [Goal(goal) if isinstance(goal, str) else goal]
 
 
 def _rollout(episode, note: dict, terminated: str) -> Rollout:

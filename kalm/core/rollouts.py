@@ -16,8 +16,7 @@ from fastcore.basics import patch
 
 from .actions import Actions, actions_from_spec
 from .files import atomic_write, digest_of
-from .goals import FORMAT as GOAL_FORMAT
-from .goals import Goal, check_goals, goals_from_json
+from .goals import Goal, check_goals, goals_from_json, goals_to_json
 
 # %% auto #0
 __all__ = ['REAL', 'IMAGINED', 'SOURCES', 'FLAGS', 'ROWS', 'ARRAYS', 'FORMAT', 'MOST_UNPACKED', 'Rollout', 'Rollouts']
@@ -434,8 +433,7 @@ MOST_UNPACKED = 200  # times its size on disk; real rollouts unpack to 2 to 20 t
 def save(self: Rollouts, path: str | Path) -> None:
     "Write a compressed `.npz` with a checksum, atomically. The same rollouts give the same bytes."
     arrays = {name: _narrow(getattr(self, name)) for name in ARRAYS}
-    about = dict(format=FORMAT, **_about(self),
-                 goals=dict(format=GOAL_FORMAT, goals=[g.to_json() for g in self.goals]))
+    about = dict(format=FORMAT, **_about(self), goals=goals_to_json(self.goals))
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     arrays["checksum"] = np.frombuffer(digest_of(arrays).encode(), np.uint8)
     with atomic_write(path) as tmp, open(tmp, "wb") as f:

@@ -98,8 +98,8 @@ def _no_such(name: str, error: Exception) -> ValueError:
 def load_backbone(name: str = DEFAULT_BACKBONE, # a built-in name, a hub name or a folder
                   dtype: torch.dtype = torch.float32,
                   scratch: int | None = None    # a seed: replace every weight by a random one, as before pretraining
-                 ): # (model, tokenizer)
-    """A causal LM and its tokenizer; `ValueError` if there is none of that name.
+                 ):
+    """(model, tokenizer): a causal LM and its tokenizer; `ValueError` if there is none of that name.
 
     Parameters
     ----------

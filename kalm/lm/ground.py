@@ -320,7 +320,7 @@ def load(self: RunFolder, lm: KalmLM, optimiser: torch.optim.Optimizer) -> Progr
         progress, self.rows = Progress.from_json(about), about.get("rows", [])
     if self.out and self.writes and "rows" in about:
         write_csv(self.out/"log.csv", self.rows)
-    elif self.out and self.writes:   # a state of before version 0.3, or none
+    elif self.out and self.writes:   # an older state, or none
         cut_csv(self.out/"log.csv", lambda row: int(row["step"]) <= progress.step)
     return progress
 

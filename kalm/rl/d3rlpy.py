@@ -13,8 +13,7 @@ import numpy as np
 
 from ..core.actions import Actions, DiscreteActions, actions_from_spec
 from ..core.files import atomic_write
-from ..core.goals import FORMAT as GOAL_FORMAT
-from ..core.goals import Goal, goals_from_json
+from ..core.goals import Goal, goals_from_json, goals_to_json, one_goal
 from ..core.rollouts import FLAGS, Rollout, Rollouts
 from .encoder import Encoder, check_texts
 
@@ -73,8 +72,8 @@ def _h5py():
 
 
 def _write(path: Path, r: Rollouts, encoder: Encoder, episodes: list[dict[str, np.ndarray]]) -> None:
-    goals = dict(format=GOAL_FORMAT, goals=[g.to_json() for g in r.goals])
-    about = dict(domain=r.domain, actions=r.codec and r.codec.spec(), goals=goals, encoder=encoder.spec())
+    about = dict(domain=r.domain, actions=r.codec and r.codec.spec(), goals=goals_to_json(r.goals),
+                 encoder=encoder.spec())
     with atomic_write(path) as tmp, _h5py().File(tmp, "w") as f:
         f.update({"columns": [*episodes[0]], "num_episodes": len(episodes), "version": VERSION})
         for i, episode in enumerate(episodes):
@@ -137,7 +136,7 @@ def _actions(actions: np.ndarray, codec: Actions | None) -> np.ndarray:
 
 
 def _of_others(episodes: list[dict], goal: Goal | str | None, codec: Actions | None) -> Rollouts:
-    made, goals = [], [] if goal is None else [Goal(goal) if isinstance(goal, str) else goal]
+    made, goals = [], one_goal(goal)
     for e in episodes:
         states, done = e["observations"], bool(e["terminated"])
         if states.ndim != 2:

@@ -276,7 +276,7 @@ def open(self: _Training, steps: int) -> None:
         if "rows" in about:
             self.rows[k] = about["rows"][k]
             write_csv(home/"curve.csv", self.rows[k])
-        else:   # a checkpoint of before version 0.3, or none
+        else:   # an older checkpoint, or none
             cut_csv(home/"curve.csv", lambda row: int(row["step"]) <= self.learner.steps)
 
 

@@ -92,13 +92,13 @@ def _end_with(parent) -> None:
 
 # %% ../../nbs/run/25_workers.ipynb #92b9b6e4
 def connect(address: str # host:port of a Ray cluster, or "auto" for the one of this machine
-           ):            # the module `ray`
-    """Connect this process to a cluster. `RuntimeError` if none answers.
+           ):
+    """Connect this process to a cluster, and give the module `ray`. `RuntimeError` if none answers.
 
     Parameters
     ----------
     address
-        host:port of a Ray cluster, or "auto" for the one of this machine the module `ray`
+        host:port of a Ray cluster, or "auto" for the one of this machine
     """
     try:
         import ray
