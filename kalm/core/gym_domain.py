@@ -55,7 +55,7 @@ class GymDomain(Domain):
     observe
         observation -> state vector; flattened if not given
     reward
-        f(goal, states, next_states, start), for imagined steps
+        f(goal, states, next_states, start), or "success": 1 then
     behaviours
         name -> act(simulator, rows, rng)
     max_steps
@@ -82,7 +82,7 @@ class GymDomain(Domain):
                  goals: Mapping[str, Sequence[str | Goal]], # level -> sentences or goals; "offline" first
                  success: str | Callable = "info",          # one of SUCCESS, or f(goal, states (..., S), start)
                  observe: Callable | None = None,           # observation -> state vector; flattened if not given
-                 reward: Callable | None = None,            # f(goal, states, next_states, start), for imagined steps
+                 reward: Callable | str | None = None,      # f(goal, states, next_states, start), or "success": 1 then
                  behaviours: Mapping[str, Callable | Behaviour] | None = None,  # name -> act(simulator, rows, rng)
                  max_steps: int | None = None,              # of a sentence's goal; the environment's own if not given
                  levels: Sequence[str] | None = None,       # their order; that of `goals` if not given
@@ -96,6 +96,8 @@ class GymDomain(Domain):
         if not callable(success) and success not in SUCCESS:
             raise ValueError(f"success {success!r}: one of {', '.join(SUCCESS)}, or a function (goal, states, start)")
         _check_takes(success, "success", "goal", "states", "start")
+        if isinstance(reward, str) and reward != "success":
+            raise ValueError(f"reward {reward!r}: 'success', or a function (goal, states, next_states, start)")
         _check_takes(reward, "reward", "goal", "states", "next_states", "start")
         _check_takes(observe, "observe", "observation")
         for behaviour, act in (behaviours or {}).items():
@@ -233,8 +235,8 @@ def success(self: GymDomain, goals, index, states, start) -> np.ndarray | None:
 
 @patch
 def reward(self: GymDomain, goals, index, states, next_states, start) -> np.ndarray | None:
-    "See `Domain.reward`: known where `reward` was given."
-    if self._earn is None:
+    "See `Domain.reward`: known where `reward` is a function."
+    if not callable(self._earn):
         return None
     return _by_goal(goals, index, states, start,
                     lambda goal, rows, s0: self._earn(goal, states[rows], next_states[rows], s0), np.float32)
@@ -352,11 +354,15 @@ def _step_one(self: GymSimulator, row: int, action) -> tuple[float, bool, bool]:
     action = action.astype(domain.action_space.dtype) if domain.codec.shape else int(action)
     observation, reward, terminated, cut, info = self.envs[row].step(action)
     terminated, cut = bool(yes_or_no("terminated", terminated)), bool(yes_or_no("truncated", cut))
-    self.states[row] = state = domain._state(observation)
-    self.steps[row] += 1
+    before, state = self.states[row].copy(), domain._state(observation)
+    self.states[row], self.steps[row] = state, self.steps[row] + 1
     if callable(domain._judge):
         success = domain._meets(goal, state, self.begin[row])
     else:
         success = domain._succeeded(terminated, cut or self.steps[row] >= goal.max_steps, info)
     self.truncated[row] = cut and not success and not terminated
+    if callable(domain._earn):
+        reward = domain.reward([goal], np.zeros(1, int), before[None], state[None], self.begin[row][None])[0]
+    elif domain._earn == "success":
+        reward = float(success)
     return reward, success, terminated and not success

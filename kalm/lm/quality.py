@@ -53,20 +53,22 @@ def replays(rollouts: Rollouts, domain: Domain) -> np.ndarray | None: # (B,) boo
 
 # %% ../../nbs/lm/90_quality.ipynb #ad68a303
 def distances(a: np.ndarray, b: np.ndarray, limits: Limits | None) -> np.ndarray: # (N, parts)
-    """Euclidean distances between states (N, S), part by part.
+    """Euclidean distances between states (N, S), part by part; without parts each coordinate is one.
 
     Returns
     -------
     np.ndarray
         (N, parts)
     """
-    parts = limits.parts if limits is not None and limits.parts else (range(a.shape[1]),)
+    parts = limits.parts if limits is not None and limits.parts else [(j,) for j in range(a.shape[1])]
     change = np.asarray(a, np.float64) - b
     return np.stack([np.linalg.norm(change[:, list(part)], axis=1) for part in parts], 1)
 
 
 def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None: # (N, parts) both
     """How far imagined next states, and unchanged ones, lie from real ones; None without `domain.at`.
+
+    Without parts in the domain's limits nothing says which coordinates share a unit: each counts in its own spread.
 
     Returns
     -------
@@ -81,7 +83,9 @@ def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndar
         return np.zeros((0, 1)), np.zeros((0, 1))
     simulator = domain.at(rollouts.goals, t["goal"], before)
     simulator.step(np.arange(len(before)), t["actions"])
-    return distances(t["next_states"], simulator.states, limits), distances(before, simulator.states, limits)
+    spread = 1 if limits is not None and limits.parts else np.where(before.std(0) > 0, before.std(0), 1)
+    real, imagined, still = (x / spread for x in (simulator.states, t["next_states"], before))
+    return distances(imagined, real, limits), distances(still, real, limits)
 
 # %% ../../nbs/lm/90_quality.ipynb #b9912dcb
 @dataclass(frozen=True)

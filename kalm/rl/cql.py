@@ -354,6 +354,7 @@ class CQL:
 
     def learner(self, replay: Replay, seeds: Sequence[int]) -> Learner:
         "Fresh networks and their optimisers, one a seed."
+        replay.check_rewards()
         kind = _DiscreteLearner if isinstance(replay.codec, DiscreteActions) else _ContinuousLearner
         return kind(replay, self, seeds)
 

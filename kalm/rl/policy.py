@@ -80,6 +80,14 @@ class GoalMLP(nn.Module):
         return self.from_part(x, self.goal_part(encodings))
 
     @torch.no_grad()
+    def fold_scales(self, centre: np.ndarray, scale: np.ndarray) -> GoalMLP:
+        "This network, trained on (states - centre) * scale, made to take them as they are; (S,) both."
+        centre, scale = (torch.from_numpy(x).to(self.goal.weight.device) for x in (centre, scale))
+        self.state.weight.mul_(scale)
+        self.goal.bias.sub_(self.state.weight @ centre)
+        return self
+
+    @torch.no_grad()
     def fold_whitening(self, whitening: Whitening | None) -> GoalMLP:
         "This network, trained on whitened encodings, made to take them as they are."
         if whitening is None:

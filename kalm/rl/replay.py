@@ -5,6 +5,7 @@
 # %% ../../nbs/rl/20_replay.ipynb #64b94e3c
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from ..core.rollouts import IMAGINED, REAL, SOURCES, Rollouts
 from .encoder import Encoder, GivenEncodings, SentenceEncoder, Whitening
 
 # %% auto #0
-__all__ = ['Batch', 'Replay', 'synthetic_replay']
+__all__ = ['Batch', 'Scales', 'scales_of', 'Replay', 'synthetic_replay']
 
 # %% ../../nbs/rl/20_replay.ipynb #afa7ff36
 class Batch(NamedTuple):
@@ -118,6 +119,68 @@ def _sentences(datasets: Sequence[Rollouts]) -> tuple[list[str], list[np.ndarray
         maps.append(rows)
     return list(place), maps
 
+# %% ../../nbs/rl/20_replay.ipynb #5d843127
+class Scales(NamedTuple):
+    """Round units for learning: states become (states - centre) * scale, rewards are multiplied by `reward`.
+
+    Parameters
+    ----------
+    centre
+        (S,) float32
+    scale
+        (S,) float32, powers of ten
+    reward
+        a power of ten
+    """
+    centre: np.ndarray # (S,) float32
+    scale: np.ndarray  # (S,) float32, powers of ten
+    reward: float = 1. # a power of ten
+
+    @property
+    def same(self) -> bool:
+        "Whether they change nothing."
+        return self.reward == 1 and not self.centre.any() and (self.scale == 1).all()
+
+    def __call__(self, batch: Batch) -> Batch:
+        "A batch in these units."
+        if self.same:
+            return batch
+        centre, scale = (torch.from_numpy(x).to(batch.states.device) for x in (self.centre, self.scale))
+        return batch._replace(states=(batch.states - centre) * scale, rewards=batch.rewards * self.reward,
+                              next_states=(batch.next_states - centre) * scale)
+
+
+def _power_of_ten(size: float, wanted: float) -> float:
+    "The one that brings `size` nearest to `wanted`; 1 where there is nothing to bring."
+    return float(10.**np.round(np.log10(wanted / size))) if size > 0 else 1.
+
+
+def scales_of(datasets: Sequence[Rollouts]) -> Scales:
+    "Scales by the real rollouts, or by all where none is real. Of each coordinate the outermost hundredth is left out."
+    real = [r[r.source == REAL] for r in datasets]
+    datasets = real if any(r.lengths.sum() for r in real) else datasets
+    states = np.concatenate([r.transitions()["states"] for r in datasets]).astype(np.float64)
+    middle = np.median(states, 0)
+    spread = np.quantile(np.abs(states - middle), .99, axis=0)
+    far = np.abs(middle) > 3 * spread
+    centre = np.where(far, middle, 0)
+    sizes = np.where(far, spread, np.quantile(np.abs(states), .99, axis=0))
+    returns = np.concatenate([np.where(r.mask, r.rewards, 0).sum(1, dtype=np.float64) for r in datasets])
+    return Scales(centre.astype(np.float32), np.array([_power_of_ten(s, 1) for s in sizes], np.float32),
+                  _power_of_ten(np.abs(returns).max(), 100))
+
+# %% ../../nbs/rl/20_replay.ipynb #955725af
+def _unlike_rewards(datasets: Sequence[Rollouts]) -> bool:
+    "Whether real steps earn something before success, and imagined ones never do."
+    early = dict.fromkeys((REAL, IMAGINED), False)
+    for r in datasets:
+        last = np.arange(r.rewards.shape[1]) == r.lengths[:, None] - 1
+        before = ((r.rewards != 0) & r.mask & ~(last & r.success[:, None])).any(1)
+        for source in early:
+            early[source] |= bool(before[r.source == source].any())
+    imagined = any((r.source == IMAGINED).any() for r in datasets)
+    return imagined and early[REAL] and not early[IMAGINED]
+
 # %% ../../nbs/rl/20_replay.ipynb #5f66228f
 def _groups(source: list[np.ndarray], imagined_fraction, fractions) -> tuple[list[np.ndarray], list[float], list[str]]:
     "For each data set the group of its transitions; the share of each group; what they are called."
@@ -142,7 +205,7 @@ class Replay:
     """Transitions of one or several data sets on one device; a batch takes a fixed share of each group.
 
     Attributes: `codec` of the actions, `state_dim` S, `texts` the G sentences, `encodings` (G, E), `shares` and `sizes`
-    of the groups, `encoder`, `whitening`, `device`. `ValueError` says what does not fit.
+    of the groups, `scales` for learning, `encoder`, `whitening`, `device`. `ValueError` says what does not fit.
 
     Parameters
     ----------
@@ -180,6 +243,7 @@ class Replay:
             raise ValueError(f"whitening was fitted to encoder {whitening.spec()['encoder']}, the replay has "
                              f"{self.encoder.spec()}: expected one encoder")
         self._place(datasets, weights, imagined_fraction, fractions, device)
+        self.scales, self._unlike = scales_of(datasets), _unlike_rewards(datasets)
         self._digest = digest_of(dict(
             data=[r.digest() for r in datasets], weights=[digest_of(dict(w=w)) for w in weights],
             imagined_fraction=imagined_fraction, fractions=None if fractions is None else self.shares,
@@ -291,6 +355,14 @@ def take(self: Replay, rows: Tensor) -> Batch:
 def sample(self: Replay, batch_size: int, generator: torch.Generator) -> Batch:
     "One batch, as `draw` draws it."
     return self.take(self.draw(batch_size, 1, [generator])[0, 0])
+
+
+@patch
+def check_rewards(self: Replay) -> None:
+    "Warn where real and imagined steps are paid unlike; for algorithms that learn from rewards."
+    if self._unlike:
+        warnings.warn("real steps earn rewards before success and imagined ones only at success: give the domain a "
+                      "reward of its own, or learn by BC, which needs none", stacklevel=3)
 
 # %% ../../nbs/rl/20_replay.ipynb #54071931
 def synthetic_replay(encoding_dim: int,              # E

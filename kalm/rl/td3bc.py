@@ -202,6 +202,7 @@ class TD3BC:
         "Fresh networks and their optimisers, one a seed; `ValueError` for discrete actions."
         if isinstance(replay.codec, DiscreteActions):
             raise ValueError(f"TD3+BC needs continuous actions, the replay has {replay.codec}: use BC or CQL")
+        replay.check_rewards()
         return _TD3BCLearner(replay, self, seeds)
 
     def fit(self, replay: Replay, *, steps: int, seed: int | Sequence[int] = 0, **kwargs) -> Policy | list[Policy]:

@@ -205,12 +205,12 @@ class _Training:
         return self.out if self.alone else self.out.with_name(f"{self.out.name}-{seed}")
 
     def policies(self) -> Policy | list[Policy]:
-        "The policies as they are now, whitening folded in; one alone where one seed was asked for."
+        "The policies as they are now, scales and whitening folded in; one alone where one seed was asked for."
         learner, replay, algorithm = self.learner, self.replay, self.algorithm
         many, out = learner.networks[learner.policy_network], []
         check_finite_tensors(learner.tensors(), f"{algorithm.name} after step {learner.steps}")
         for k, s in enumerate(self.seeds):
-            net = many.one(k).fold_whitening(replay.whitening).eval()
+            net = many.one(k).fold_scales(*replay.scales[:2]).fold_whitening(replay.whitening).eval()
             out.append(Policy(net, learner.head, replay.codec, replay.encoder, algorithm.temperature, learner.steps,
                               algorithm.name, s))
         return out[0] if self.alone else out
@@ -224,7 +224,7 @@ def run_to(self: _Training, row: int, steps: int, callback: Callable | None) -> 
         stop = min(row, _next(learner.steps, pause))
         for n in _windows(stop - learner.steps):
             for rows in self.replay.draw(self.algorithm.batch_size, n, self.rngs):
-                self.records.append(learner.step(self.replay.take(rows)))
+                self.records.append(learner.step(self.replay.scales(self.replay.take(rows))))
         means = self.means()
         if callback and (stop == steps or stop % pause == 0):
             callback(self.policies(), stop)

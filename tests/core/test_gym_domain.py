@@ -277,3 +277,21 @@ def test_answers_that_are_neither_yes_nor_no_are_refused(answer):
     for d in (told, ended):
         with pytest.raises(ValueError, match="expected yes or no"):
             collect(d, d.goals("offline"), 1, keep_failures=True)
+
+
+def test_real_and_imagined_steps_are_paid_alike():
+    "Given a reward, real steps earn it; it sees the state before, the state after and the start."
+    def count(goal, states, next_states, start):
+        return 100 * states[..., 0] + 10 * next_states[..., 0] + start[..., 0]
+
+    make = dict(env_id=lambda: Scripted(terminated=True), goals=GO, success="terminated", max_steps=5)
+    own, given, sparse = GymDomain(**make), GymDomain(**make, reward=count), GymDomain(**make, reward="success")
+    goals = own.goals("offline")
+    assert [collect(d, goals, 1)[0].rewards.tolist() for d in (own, given, sparse)] == [
+        [.5, .5, .5], [10, 120, 230], [0, 0, 1]]
+    states = np.arange(4, dtype=np.float32).reshape(1, 4, 1)
+    args = (goals, [0], states[:, :-1], states[:, 1:], states[:, 0])
+    assert judge_reward(given, *args).tolist() == [[10, 120, 230]]
+    assert judge_reward(own, *args) is None and judge_reward(sparse, *args) is None
+    with pytest.raises(ValueError, match="reward 'dense': 'success', or a function"):
+        GymDomain(**make, reward="dense")

@@ -79,6 +79,16 @@ def test_whitening_folded_in_takes_encodings_as_they_are():
     assert inside.fold_whitening(None) is inside
 
 
+def test_scales_folded_in_take_states_as_they_are():
+    s, e = torch.from_numpy(states(3)), VECTORS.encode(TEXTS)
+    centre, scale = np.float32([5, 0, 1000]), np.float32([10, 1, 0.1])
+    inside = network()
+    want = inside((s - torch.from_numpy(centre)) * torch.from_numpy(scale), torch.from_numpy(e))
+    torch.testing.assert_close(inside.fold_scales(centre, scale)(s, torch.from_numpy(e)), want, rtol=1e-4, atol=1e-4)
+    untouched, other = network(), network().fold_scales(np.zeros(3, np.float32), np.ones(3, np.float32))
+    assert all(torch.equal(a, b) for a, b in zip(untouched.parameters(), other.parameters(), strict=True))
+
+
 # ---------------------------------------------------------------- acting
 
 

@@ -1,5 +1,7 @@
 "What a batch holds, where it is drawn from, and what makes a replay the same."
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from kalm.core.actions import ContinuousActions, DiscreteActions
 from kalm.core.files import numpy_rng
 from kalm.core.goals import Goal
 from kalm.core.rollouts import IMAGINED, REAL, Rollouts
+from kalm.rl.bc import BC
+from kalm.rl.cql import CQL
 from kalm.rl.encoder import GivenEncodings, Whitening
 from kalm.rl.replay import Replay, synthetic_replay
 from kalm.tensors.store import torch_rng
@@ -104,6 +108,57 @@ def test_success_and_failure_end_the_future_and_time_does_not(ended, last):
     one = dict(states=np.arange(9).reshape(1, 3, 3), actions=[[1, 2]], goal=[0], goals=GOALS)
     got = every(Replay(Rollouts(**one, **({ended: [True]} if ended else {})), encoder=Fake()))
     assert got.bootstrap.tolist() == [1, last] and got.weights.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("low, high, centre, scale", [
+    (-0.5, 0.5, 0, 1), (-3, 3, 0, 1), (-0.2, 0.2, 0, 10), (-2e-4, 2e-4, 0, 1e4), (-4e6, 0, 0, 1e-7),
+    (999, 1001, 1000, 1), (5, 7, 6, 1), (2, 2, 2, 1), (0, 0, 0, 1), (0.1999, 0.2001, 0.2, 1e4)])
+def test_states_are_learnt_in_round_units(low, high, centre, scale):
+    "The range of a coordinate, the point it is measured from, and the power of ten that brings it to about 1."
+    states = np.linspace(low, high, 3 * 4 * 5 * 20).reshape(-1, 5, 3)
+    found = Replay(rollouts(len(states), states=states), encoder=Fake()).scales
+    np.testing.assert_allclose(found.centre, centre, rtol=0.01, atol=1e-6)
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reward, scale", [(25.0, 1), (0.25, 100), (-1e-4, 1e5), (250.0, 0.1), (0.0, 1)])
+def test_rewards_are_learnt_in_round_units(reward, scale):
+    "The largest return, here of four such rewards, comes nearest to 100; what lies behind the end does not count."
+    r = rollouts(5, rewards=np.full((5, 4), reward), lengths=np.array([4, 1, 1, 1, 1]))
+    assert Replay(r, encoder=Fake()).scales.reward == pytest.approx(scale)
+
+
+def test_units_are_those_of_real_rollouts_where_there_are_any():
+    small, large = (rollouts(40, source=s, states=np.full((40, 5, 3), v) * numpy_rng(0).choice([-1, 1], (40, 5, 3)))
+                    for s, v in ((REAL, 1e-3), (IMAGINED, 1e3)))
+    assert Replay([large, small], 0.5, encoder=Fake()).scales.scale.tolist() == [1000] * 3
+    np.testing.assert_allclose(Replay(large, encoder=Fake()).scales.scale, 1e-3)
+
+
+def test_a_batch_in_other_units():
+    b = Replay(rollouts(20, states=1000 + numpy_rng(0).random((20, 5, 3)) / 50, rewards=np.ones((20, 4)) / 4),
+               encoder=Fake())
+    plain, scaled = every(b), b.scales(every(b))
+    middle = torch.from_numpy(b.scales.centre).double()
+    assert (middle - 1000.01).abs().max() < 5e-3
+    for name in ("states", "next_states"):
+        want = 100 * (getattr(plain, name).double() - middle)
+        torch.testing.assert_close(getattr(scaled, name).double(), want, rtol=0, atol=1e-4)
+    assert torch.equal(scaled.rewards, 100 * plain.rewards) and torch.equal(scaled.actions, plain.actions)
+    assert not b.scales.same and replay().scales._replace(reward=1).same
+
+
+def test_rewards_of_two_kinds_are_told_where_they_are_learnt_from():
+    sparse = dict(rewards=np.zeros((20, 4)))
+    costly = Replay([rollouts(20), rollouts(20, source=IMAGINED, **sparse)], 0.5, encoder=Fake())
+    with pytest.warns(UserWarning, match="give the domain a reward of its own, or learn by BC"):
+        CQL().learner(costly, [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BC().learner(costly, [0])
+        for real, imagined in ((sparse, sparse), ({}, {}), (sparse, {})):
+            data = [rollouts(20, **real), rollouts(20, source=IMAGINED, **imagined)]
+            CQL().learner(Replay(data, 0.5, encoder=Fake()), [0])
 
 
 def test_weights_go_with_their_rollouts():

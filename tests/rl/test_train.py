@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import BOX, Fake, replay, rollouts
+from small import BOX, FOUR, GOALS, Fake, replay, rollouts
 from torch import nn
 
 import kalm.rl.train as module
 import kalm.tensors.store as store
-from kalm.core.files import read_csv
-from kalm.core.rollouts import IMAGINED
+from kalm.core.actions import DiscreteActions
+from kalm.core.files import numpy_rng, read_csv
+from kalm.core.rollouts import IMAGINED, Rollouts
 from kalm.rl.bc import BC
+from kalm.rl.cql import CQL
 from kalm.rl.policy import Policy, scaled_actions
 from kalm.rl.replay import Replay
+from kalm.rl.td3bc import TD3BC
 from kalm.rl.train import Every, Learner, adam, goal_mlps, steps_per_second, train
 from kalm.tensors.store import torch_rng
 
@@ -369,3 +372,27 @@ def test_a_learner_that_continues_shares_nothing_with_the_first():
     for batch in batches[1:]:
         assert torch.equal(learner.step(batch).loss, other.step(batch).loss)
     assert all(torch.equal(v, other.tensors()[k]) for k, v in learner.tensors().items())
+
+
+@pytest.mark.parametrize("codec, algorithms", [(FOUR, (BC(), CQL())), (BOX, (BC(), CQL.continuous(), TD3BC()))])
+def test_units_do_not_matter(codec, algorithms):
+    "Microns instead of metres, cents instead of euros: the same policy."
+    r = rollouts(40, codec=codec)
+    other = replace(r, states=r.states * 1e-4, rewards=r.rewards / 100)
+    for algorithm in algorithms:
+        small = replace(algorithm, hidden=16, batch_size=16)
+        first, second = (small.fit(Replay(x, encoder=Fake()), steps=60) for x in (r, other))
+        texts = [GOALS[0].text] * 40
+        a, b = (p.net.from_part(torch.from_numpy(x.states[:, 0]), p._goal_parts(texts, 40)) for p, x in
+                ((first, r), (second, other)))
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_a_coordinate_in_tiny_units_is_learnt_from():
+    "Which of two actions is told by a number of 1e-4 beside one of 1 that says nothing."
+    rng = numpy_rng(0, "tiny")
+    sign = rng.integers(0, 2, (400, 2))
+    states = np.stack([1e-4 * (2 * sign - 1), rng.normal(size=sign.shape)], -1)
+    r = Rollouts(states, sign[:, :1], goal=np.zeros(400), goals=GOALS, codec=DiscreteActions(2))
+    policy = BC(hidden=32).fit(Replay(r, encoder=Fake()), steps=300)
+    assert (policy.act(states[:, 0], GOALS[0].text) == sign[:, 0]).mean() > 0.98
