@@ -1,6 +1,6 @@
 """Kill small runs at random moments, damage their files, hand nonsense to every door: results/attacks.json.
 
-    python experiments/attack_runs.py kills [--kills 200] [--domains worlds:discrete_line ...] [--seed 0]
+    python experiments/attack_runs.py kills [--kills 200] [--domains worlds:discrete_line ...] [--cores 1 2] [--seed 0]
     python experiments/attack_runs.py damage [--damages 300] [--domains ...] [--seed 0]
 
 `kills`: the preset `smoke` in several worlds, in one process and with workers. A run is killed (SIGKILL; its workers
@@ -97,15 +97,16 @@ def whole_run(spec: str, out: Path, cache: str) -> dict[str, bytes]:
     return contents(out)
 
 
-def kills(specs: list[str], n: int, rng: random.Random, work: Path, cache: str) -> list[dict]:
+def kills(specs: list[str], cores: list[int], n: int, rng: random.Random, work: Path, cache: str) -> list[dict]:
     "Rows: world, cores, kills, restarts, files compared and files that differ."
     rows = []
     for spec in specs:
         began = time.monotonic()
         whole = whole_run(spec, work/f"{spec.replace(':', '-')}-whole", cache)
         longest = time.monotonic() - began
-        for cores in (1, 2):
-            rows.append(killed_often(spec, cores, n // (2 * len(specs)) + 1, longest, whole, rng, work, cache))
+        for c in cores:
+            each = -(-n // (len(cores) * len(specs)))
+            rows.append(killed_often(spec, c, each, longest, whole, rng, work, cache))
             print(rows[-1], flush=True)
     return rows
 
@@ -212,6 +213,7 @@ def main() -> None:
     p.add_argument("--kills", type=int, default=200)
     p.add_argument("--damages", type=int, default=300)
     p.add_argument("--domains", nargs="+", default=list(WORLDS))
+    p.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="of a killed run: one process, or workers")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=RESULTS)
     a = p.parse_args()
@@ -226,7 +228,7 @@ def main() -> None:
     cache = os.environ.get("KALM_CACHE", "") or str(Path.home()/".cache"/"kalm")
     rng = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as work:
-        rows = (kills(a.domains, a.kills, rng, Path(work), cache) if a.what == "kills"
+        rows = (kills(a.domains, a.cores, a.kills, rng, Path(work), cache) if a.what == "kills"
                 else damage(a.domains, a.damages, rng, Path(work), cache))
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

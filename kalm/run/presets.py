@@ -168,7 +168,7 @@ ALL_BASELINES = ("oracle", "lm", "lm-bc")
 
 CLEVR = {p.name: p for p in (
     Preset("smoke", "tries every stage with a toy language model, a minute", 80, 80, TINY_GROUND,
-           clevr_levels(8, 8, 8, tries=2), ours(60), shipped=False, imagine_steps=4, seeds=1, episodes=12,
+           clevr_levels(8, 8, 8, tries=2), ours(60), shipped=False, imagine_steps=4, seeds=1, episodes=6,
            checkpoints=2, mixing=replace(OURS, augment=400), baselines=ALL_BASELINES),
     Preset("quick", "the whole method from the shipped checkpoint; ten minutes on two recent cores", 6400, 6400,
            CLEVR_GROUND, clevr_levels(2400, 2000, 1000), ours(20_000), mixing=OURS),
@@ -215,8 +215,9 @@ def generic(d: Domain) -> dict[str, Preset]:
                                 log_every=5, task_weights=TaskWeights(caption=.3, question=.3)),
                    levels(500, 4), algorithms_for(d, 10_000), mixing=mixing, episodes=250,
                    shipped=(SHIPPED/d.name/"kalm.json").exists())
+    short = tuple(replace(t, algorithm=replace(t.algorithm, batch_size=32)) for t in algorithms_for(d, 40))
     smoke = replace(quick, name="smoke", about="tries every stage with a toy language model, a minute", rollouts=60,
-                    rl_rollouts=60, ground=TINY_GROUND, imagined=levels(8, 2), trainings=algorithms_for(d, 40),
+                    rl_rollouts=60, ground=TINY_GROUND, imagined=levels(8, 2), trainings=short,
                     mixing=replace(mixing, augment=min(copies, 200)), seeds=1, episodes=8, imagine_steps=4,
                     shipped=False)
     return {p.name: p for p in (smoke, quick)}

@@ -90,6 +90,9 @@ def test_a_time_limit_stops_cleanly_and_the_same_command_continues(tmp_path, cap
     assert main([*args, "--max-minutes", "1e-9"]) == 0
     assert "The same command continues" in capsys.readouterr().out
     assert main(args) == 0
+    before = (tmp_path / "r" / "results.csv").read_bytes()
+    assert main(args) == 0  # nothing to do
+    assert (tmp_path / "r" / "results.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize(
