@@ -13,7 +13,7 @@ import numpy as np
 from ..core.domain import Domain
 from ..core.episodes import evaluate, replay
 from ..core.goals import Goal
-from ..core.rollouts import Rollouts
+from ..core.rollouts import Rollout, Rollouts
 from ..lm.explain import calibrate, explain, meaning
 from ..lm.imagine import imagine
 from ..lm.model import KalmLM
@@ -115,13 +115,13 @@ class Played:
         out = []
         for k, real in enumerate(self.real):
             dream = None if self.imagined is None else self.imagined[k]
-            told = "" if dream is None else f"imagined {_met(dream.success)}, {len(dream)} steps; "
-            out.append(f"  {k + 1}: {told}really {_met(real.success)}, {len(real)} steps")
+            told = "" if dream is None else f"imagined {_ended(dream)}; "
+            out.append(f"  {k + 1}: {told}really {_ended(real)}")
         return out
 
 
-def _met(success: bool) -> str:
-    return "met" if success else "not met"
+def _ended(r: Rollout) -> str:
+    return f"{'met' if r.success else 'not met'}, {len(r)} step{'s' * (len(r) != 1)}"
 
 
 def play_imagined(lm: KalmLM, domain: Domain, text: str,
@@ -214,10 +214,17 @@ class Player:
         self.button, self.seed = w.Button(description="Go", button_style="primary"), 0
         self.told, self.picture = w.HTML(), w.Image(format="png")
         self.slider = w.IntSlider(0, 0, 0, description="step", layout=w.Layout(width="480px"))
+        sides = w.HTML("" if policy is not None else "Left: imagined. Right: the same actions for real.")
         self.said = w.HTML()
+        self.seen = w.VBox([sides, self.picture, self.slider, self.said])
         self.button.on_click(lambda _: self.go())
         self.slider.observe(lambda _: self.show(), "value")
-        self.widget = w.VBox([w.HBox([self.box, self.button]), self.told, self.picture, self.slider, self.said])
+        self.widget = w.VBox([w.HBox([self.box, self.button]), self.told, self.seen])
+        self.hide(True)
+
+    def hide(self, yes: bool) -> None:
+        "Pictures and slider, while there is nothing to see."
+        self.seen.layout.display = "none" if yes else None
 
     def go(self) -> None:
         "Play what stands in the box, from another start each time."
@@ -228,11 +235,14 @@ class Player:
             self.seed += 1
             self.frames = frames_of(self.domain, self.played)
             self.told.value = _html(str(self.played))
-            self.said.value = _html(self.played.said[0] if self.played.said else "")
+            said = self.played.said
+            self.said.value = _html(f"What the model says that it was for: {said[0]}") if said else ""
             self.slider.max, self.slider.value = len(self.frames) - 1, 0
             self.show()
+            self.hide(False)
         except ValueError as e:
-            self.told.value, self.said.value = _html(str(e)), ""
+            self.told.value = _html(str(e))
+            self.hide(True)
         finally:
             self.button.disabled = False
 

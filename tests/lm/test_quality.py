@@ -118,11 +118,18 @@ def test_measures_by_hand():
     assert "| 2 | 0.000 |" in q._repr_markdown_()
 
 
-def test_without_parts_a_step_is_measured_as_a_whole():
-    s = still(1, 1)
-    s[0, 1] += [0.03, 0.04, 0, 0.12]
-    q = quality(batch(s, [[0]]), Table(limits=None, stuck=True))
-    assert q.step_error == pytest.approx(0.13, abs=1e-6) and np.isnan([q.off_limits, q.too_fast]).all()
+def test_without_parts_each_coordinate_counts_in_its_own_spread():
+    "An error of a millimetre beside one of a metre: both of half of what the coordinate varies."
+    s = still(2, 1)
+    s[:, :, 1] = [[0.002, 0.002], [-0.002, -0.002]]
+    s[:, :, 3] = [[2, 2], [-2, -2]]
+    s[:, 1] += [0, 0.001, 0, 1]
+    q = quality(batch(s, [[0], [0]]), Table(limits=None, stuck=True))
+    assert q.step_error == pytest.approx((0.5 + 0.5) / 4, abs=1e-6) and np.isnan([q.off_limits, q.too_fast]).all()
+    s[:, :, 3] = 0.3  # one that never varies counts in the units of states
+    s[:, 1, 3] += 0.25
+    q = quality(batch(s, [[0], [0]]), Table(limits=None, stuck=True))
+    assert q.step_error == pytest.approx((0.5 + 0.25) / 4, abs=1e-6)
 
 
 def test_errors_are_measured_from_the_nearest_possible_state():

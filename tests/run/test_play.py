@@ -126,14 +126,16 @@ def test_the_player_shows_frames_and_refusals(lm, clevr, monkeypatch):
     short = play.imagine
     monkeypatch.setattr(play, "imagine", lambda *a, **kw: short(*a, **kw | dict(max_steps=2)))
     p = play.Player(lm, clevr, text="Red, <left> of blue!")
+    assert p.seen.layout.display == "none"  # nothing to see yet
     p.button.click()
+    assert p.seen.layout.display is None
     assert "understood" in p.told.value and len(p.picture.value) > 500 and p.slider.max >= 1
     before = p.picture.value
     p.slider.value = 1
     assert p.picture.value != before and p.slider.description not in ("", "start")
     p.box.value = " "
     p.button.click()
-    assert "is blank" in p.told.value and not p.button.disabled
+    assert "is blank" in p.told.value and not p.button.disabled and p.seen.layout.display == "none"
 
 
 def test_a_player_without_widgets_says_how_to_get_them(lm, clevr, monkeypatch):
