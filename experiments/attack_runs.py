@@ -10,6 +10,8 @@ end. Its files have to be those of a run that nobody disturbed, to the byte, and
 `damage`: a file of a finished run is removed, emptied, cut, filled with noise, has a bit flipped at one of several
 places, or (JSON) holds a value of another kind. The same commands have to give the same files again, or one line that
 names the file; no file but the damaged one may be lost. So many pairs of a file and a damage are drawn.
+
+Rows are stored as soon as they are there, and replace older ones of the same world (and cores).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,18 +100,16 @@ def whole_run(spec: str, out: Path, cache: str) -> dict[str, bytes]:
     return contents(out)
 
 
-def kills(specs: list[str], cores: list[int], n: int, rng: random.Random, work: Path, cache: str) -> list[dict]:
+def kills(specs: list[str], cores: list[int], n: int, rng: random.Random, work: Path, cache: str
+          ) -> Iterator[list[dict]]:
     "Rows: world, cores, kills, restarts, files compared and files that differ."
-    rows = []
     for spec in specs:
         began = time.monotonic()
         whole = whole_run(spec, work/f"{spec.replace(':', '-')}-whole", cache)
         longest = time.monotonic() - began
         for c in cores:
             each = -(-n // (len(cores) * len(specs)))
-            rows.append(killed_often(spec, c, each, longest, whole, rng, work, cache))
-            print(rows[-1], flush=True)
-    return rows
+            yield [killed_often(spec, c, each, longest, whole, rng, work, cache)]
 
 
 def killed_often(spec: str, cores: int, n: int, longest: float, whole: dict[str, bytes], rng: random.Random, work: Path,
@@ -171,11 +172,10 @@ def damages(path: Path, rng: random.Random) -> dict[str, bytes | None]:
     return out
 
 
-def damage(specs: list[str], n: int, rng: random.Random, work: Path, cache: str) -> list[dict]:
+def damage(specs: list[str], n: int, rng: random.Random, work: Path, cache: str) -> Iterator[list[dict]]:
     "Rows: world, file, damage, and what came of it: `same`, `refused` (in one line), or what went wrong."
-    rows = []
     for spec in specs:
-        base = work/f"{spec.replace(':', '-')}-base"
+        rows, base = [], work/f"{spec.replace(':', '-')}-base"
         whole = whole_run(spec, base, cache)
         files = sorted(p for p in base.rglob("*") if p.is_file() and p.suffix != ".png")
         cases = [(path, what, new) for path in files for what, new in damages(path, rng).items()]
@@ -185,8 +185,7 @@ def damage(specs: list[str], n: int, rng: random.Random, work: Path, cache: str)
             rows.append(dict(world=spec, file=name, damage=what, outcome=outcome))
             if outcome not in ("same", "refused"):
                 print(rows[-1], flush=True)
-        print(spec, Counter(row["outcome"] for row in rows if row["world"] == spec), flush=True)
-    return rows
+        yield rows
 
 
 def damaged(spec: str, base: Path, name: str, new: bytes | None, whole: dict[str, bytes], work: Path, cache: str
@@ -228,12 +227,21 @@ def main() -> None:
     cache = os.environ.get("KALM_CACHE", "") or str(Path.home()/".cache"/"kalm")
     rng = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as work:
-        rows = (kills(a.domains, a.cores, a.kills, rng, Path(work), cache) if a.what == "kills"
+        made = (kills(a.domains, a.cores, a.kills, rng, Path(work), cache) if a.what == "kills"
                 else damage(a.domains, a.damages, rng, Path(work), cache))
-    found = json.loads(a.out.read_text()) if a.out.exists() else {}
+        for rows in made:
+            print(Counter(row["outcome"] for row in rows) if a.what == "damage" else rows[0], flush=True)
+            store(a.out, a.what, rows, a.seed)
+
+
+def store(path: Path, what: str, rows: list[dict], seed: int) -> None:
+    "Put rows in place of older ones of the same world and cores."
+    found = json.loads(path.read_text()) if path.exists() else {}
+    about = [(row["world"], row.get("cores")) for row in rows]
+    kept = [row for row in found.get(what, []) if (row["world"], row.get("cores")) not in about]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    found[a.what] = dict(commit=commit.stdout.strip(), seed=a.seed, rows=rows)
-    a.out.write_text(json.dumps(found, indent=1) + "\n")
+    found[what] = kept + [row | dict(seed=seed, commit=commit.stdout.strip()) for row in rows]
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
