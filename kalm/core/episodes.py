@@ -63,7 +63,10 @@ def play(domain: Domain,
     live = np.flatnonzero(limit > 0)
     while len(live):
         taken = record.lengths[live]
-        actions = codec.check(choose(simulator, live, taken), (len(live),))
+        try:
+            actions = codec.check(choose(simulator, live, taken), (len(live),))
+        except ValueError as e:
+            raise ValueError(f"chosen in {domain.name!r}, which has {codec}: {e}") from None
         reward, success, failure = simulator.step(live, actions)
         cut = taken + 1 >= limit[live]
         if hasattr(simulator, "truncated"):

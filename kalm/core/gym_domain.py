@@ -100,8 +100,9 @@ class GymDomain(Domain):
             raise ValueError(f"reward {reward!r}: 'success', or a function (goal, states, next_states, start)")
         _check_takes(reward, "reward", "goal", "states", "next_states", "start")
         _check_takes(observe, "observe", "observation")
-        for behaviour, act in (behaviours or {}).items():
-            _check_takes(getattr(act, "act", act), f"behaviour {behaviour!r}", "simulator", "rows", "rng")
+        self.behaviours = _as_behaviours(behaviours)
+        for behaviour, b in self.behaviours.items():
+            _check_takes(b.act, f"behaviour {behaviour!r}", "simulator", "rows", "rng")
         self.env_id, self.make, self.options = env_id, make, options
         self.observe, self._judge, self._earn = observe, success, reward
         self.judged_only, self.words, self.limits, self.features = tuple(judged_only), words, limits, features
@@ -114,7 +115,7 @@ class GymDomain(Domain):
         self._goals = _goal_lists(goals, levels, max_steps or _own_limit(env, make), self.name)
         self.levels = tuple(self._goals)
         self.state_space = self._state_space(env)
-        self.behaviours = _as_behaviours(behaviours) or {RANDOM: Behaviour(random_actions(self.codec), True)}
+        self.behaviours = self.behaviours or {RANDOM: Behaviour(random_actions(self.codec), True)}
         check_domain(self)
 
     def goals(self, level: str) -> list[Goal]:
@@ -162,6 +163,8 @@ def _own_limit(env: gym.Env, make: dict) -> int | None:
 
 
 def _as_behaviours(given) -> dict[str, Behaviour]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"behaviours {given!r:.60}: expected names with functions, such as {{'swing': swing}}")
     return {name: b if isinstance(b, Behaviour) else Behaviour(b) for name, b in (given or {}).items()}
 
 # %% ../../nbs/core/60_gym_domain.ipynb #f652f558

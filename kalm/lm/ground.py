@@ -30,9 +30,9 @@ from .settings import GroundConfig
 from ..tensors.store import fast_dtype, load_state, save_state
 
 # %% auto #0
-__all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'learning_rate', 'use_bf16', 'Losses', 'Grounder', 'prepare', 'make_optimiser',
-           'Progress', 'RunFolder', 'share_out', 'frozen_names', 'model_digest', 'words_digest', 'positions',
-           'Training', 'ground']
+__all__ = ['CONSEQUENCE_WEIGHT', 'STATE_FORMAT', 'STORE_AFTER', 'learning_rate', 'use_bf16', 'Losses', 'Grounder', 'prepare',
+           'make_optimiser', 'Progress', 'RunFolder', 'share_out', 'frozen_names', 'model_digest', 'words_digest',
+           'positions', 'Training', 'ground']
 
 # %% ../../nbs/lm/50_ground.ipynb #c0d28782
 def learning_rate(step: int, config: GroundConfig) -> float:
@@ -378,11 +378,15 @@ def positions(examples: Examples, start: tuple[int, int]) -> Iterator[tuple[int,
         epoch, i = epoch + 1, 0
 
 
+STORE_AFTER = 300   # seconds between stored states, where steps are slow
+
+
 class Training:
     "A model, its examples and its optimiser, on one or several processes."
     def __init__(self, accelerator, domain: Domain, rollouts: Rollouts, config: GroundConfig, out: Path | None,
                  shard: bool = False):
         self.accelerator, self.config, self.parent = accelerator, config, os.getppid()
+        self.stored = time.monotonic()
         with self.accelerator.main_process_first():   # a backbone that is not there yet is fetched once
             self.lm = prepare(domain, rollouts, config)
         self.examples = Examples(self.lm, rollouts, domain.words, config)
@@ -448,6 +452,7 @@ def step(self: Training, position: tuple[int, int]) -> None:
 def checkpoint(self: Training, callback: Callable | None = None) -> None:
     "Store the state, and call `callback` with the model and the step."
     self.folder.save(self.lm, self.optimiser, self.progress)
+    self.stored = time.monotonic()
     if callback:
         self.lm.eval()
         callback(self.lm, self.progress.step)
@@ -518,6 +523,8 @@ def run(self: Training, until: float | None, callback: Callable | None, bar) -> 
             bar.set_postfix(_shown(self.folder.log(state), state))
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             self.checkpoint(callback)
+        elif self.accelerator.num_processes == 1 and time.monotonic() - self.stored > STORE_AFTER:
+            self.checkpoint()
     if state.step < config.steps:
         self.checkpoint()
     self.lm.eval()

@@ -9,7 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -196,9 +198,16 @@ def forward(self: KalmLM, kind: Tensor, ids: Tensor, states: Tensor, actions: Te
         attend = self._tree_masks(tree, branch, positions)
     self._check_length(kind, positions, attend)
     x = self.embed(kind, ids, states, actions)
-    out = core_of(self.backbone)(inputs_embeds=x, attention_mask=attend, position_ids=positions,
-                                 past_key_values=past, use_cache=use_cache)
-    return (out.last_hidden_state, out.past_key_values) if use_cache else out.last_hidden_state
+    core = core_of(self.backbone)
+    cache = _cache_name(type(core))
+    out = core(inputs_embeds=x, attention_mask=attend, position_ids=positions, use_cache=use_cache, **{cache: past})
+    return (out.last_hidden_state, out[cache]) if use_cache else out.last_hidden_state
+
+
+@lru_cache(maxsize=None)
+def _cache_name(kind: type) -> str:
+    "What a backbone calls its cache: `cache` from transformers 5.24 on."
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 @patch

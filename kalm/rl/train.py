@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.files import append_csv, claim, cut_csv, owned, seal, write_csv
 from ..core.progress import progress_bar
+from ..core.rollouts import Rollouts
 from ..core.settings import check_numbers, real_number, whole_number
 from .policy import GoalMLP, GoalMLPs, Policy
 from .replay import Batch, Replay
@@ -332,6 +333,8 @@ def train(algorithm,                        # settings with `name`, `batch_size`
         a list for several seeds; `.step` is below `steps` if time ran out
     """
     steps = whole_number("steps", steps, 1)
+    if isinstance(replay, Rollouts):
+        raise ValueError(f"{algorithm.name} learns from a Replay: give kalm.Replay(rollouts)")
     if max_minutes is not None:
         real_number("max_minutes", max_minutes)
     until = float("inf") if max_minutes is None else time.monotonic() + 60 * max_minutes

@@ -69,11 +69,13 @@ def parser() -> argparse.ArgumentParser:
     for name, text in dict(run="all stages in order, continuing where an earlier run stopped", **stages).items():
         _add_options(sub.add_parser(name, help=text, description=text, epilog=_about_presets(),
                                     formatter_class=argparse.RawDescriptionHelpFormatter))
-    _add_play(sub.choices["imagine"], "make of a sentence what the model imagines for it, and what is real of that")
+    _add_play(sub.choices["imagine"],
+              "a sentence: imagine rollouts for it alone and carry their actions out, with pictures",
+              "with a sentence: run folder whose model imagines (default: the model that ships)")
     act = sub.add_parser("act", help="let a trained policy do what a sentence says",
                          description="A policy of a run does in the real environment what a sentence says.")
     _add_domain(act)
-    _add_play(act, "the sentence")
+    _add_play(act, "the sentence", "run folder whose policy acts (default runs/quick)")
     act.add_argument("--method", help="whose policy, as results call it (default: one that learned from imagination)")
     act.add_argument("--seed", type=int, default=0, help="decides the starts (default 0)")
     act.add_argument("--debug", action="store_true", help="show a traceback for errors")
@@ -93,9 +95,9 @@ def _add_domain(s: argparse.ArgumentParser) -> None:
     s.add_argument("--domain", default="clevr", help="a domain's name, or package.module:object (default clevr)")
 
 
-def _add_play(s: argparse.ArgumentParser, what: str) -> None:
+def _add_play(s: argparse.ArgumentParser, what: str, run: str) -> None:
     s.add_argument("text", nargs="?", help=what)
-    s.add_argument("--run", type=Path, help="run folder whose model is used (default: the model that ships)")
+    s.add_argument("--run", type=Path, help=run)
     s.add_argument("--n", type=int, default=4, help="how many rollouts (default 4)")
     s.add_argument("--strip", type=Path, help="film strip, a PNG (default runs/play/WORDS.png)")
     s.add_argument("--gif", type=Path, help="moving picture of the first rollout (default runs/play/WORDS.gif)")
@@ -209,7 +211,7 @@ def check_processes(expected: int | None, stages: Sequence[str]) -> bool: # whet
 def suggested(text: str, argv: list[str] | None) -> str:
     "A message whose advice, `kalm STAGE`, has the options that were given."
     given = sys.argv[1:] if argv is None else argv
-    options = shlex.join(given[1:])
+    options = "" if given[:1] == ["act"] else shlex.join(given[1:])   # those of `act` are no stage's
     return re.sub(r"`kalm (\w+)`", lambda m: f"`kalm {m[1]}{' ' + options if options else ''}`", text)
 
 
@@ -223,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupted)   # ends as Ctrl-C does, workers included
     logging.getLogger("torch").setLevel(logging.ERROR)
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())   # --domain may name a module of this folder
     try:
         if a.command == "presets" or getattr(a, "text", None) or a.command == "act":
             (show_presets if a.command == "presets" else play_sentence)(a)

@@ -5,8 +5,11 @@
 # %% ../../nbs/run/57_play.ipynb #ac9124cb
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,14 +40,18 @@ class Understood:
         of them, 0 to 1; NaN for a domain without words
     goals
         the taught goals that they name, in order; none: not understood
+    unsaid
+        key words that the sentence would have to name, and does not
     """
     text: str
     words: str                # the model's key words; empty for a domain without words
     sure: float               # of them, 0 to 1; NaN for a domain without words
     goals: tuple[Goal, ...]   # the taught goals that they name, in order; none: not understood
+    unsaid: tuple[str, ...] = ()   # key words that the sentence would have to name, and does not
 
     def __str__(self) -> str:
-        told = f" ({self.words}, {self.sure:.0%} sure)" if self.words else ""
+        but = f", but it does not say {' or '.join(self.unsaid)}" if self.unsaid else ""
+        told = f" ({self.words}, {self.sure:.0%} sure{but})" if self.words else ""
         if not self.goals:
             return f"not understood{told}"
         return f"understood{told}: " + " / ".join(goal.text for goal in self.goals)
@@ -62,18 +69,36 @@ def understand(lm: KalmLM, domain: Domain, text: str,
     """
     if not text.strip():
         raise ValueError("the sentence is blank: say what is to be done")
-    if getattr(domain, "words", None) is None:
-        known = [g for level in domain.levels for g in domain.goals(level) if g.text == text.strip()]
-        if not known:
-            raise ValueError(f"domain {domain.name!r} has no words, so it knows its own sentences alone, such as "
-                             f"{domain.goals(domain.levels[0])[0].text!r}")
+    known = [g for level in domain.levels for g in domain.goals(level) if g.text == text.strip()]
+    if known:
         return Understood(text, "", float("nan"), tuple(known[:1]))
+    if getattr(domain, "words", None) is None:
+        raise ValueError(f"domain {domain.name!r} has no words, so it knows its own sentences alone, such as "
+                         f"{domain.goals(domain.levels[0])[0].text!r}")
     if threshold is None:
         lm.sure = calibrate(lm, domain) if lm.sure is None else lm.sure
         threshold = lm.sure
     [said] = meaning(lm, [text], max_tokens=32)
-    goals = named_goals(domain, said.words) if said.sure >= threshold else []
-    return Understood(text, said.words, said.sure, tuple(goals))
+    expected = [word for word in dict.fromkeys(said.words.split()) if word in _always_said(domain)]
+    unsaid = tuple(word for word in expected if word not in _words_of(text))
+    goals = named_goals(domain, said.words) if said.sure >= threshold and not unsaid else []
+    return Understood(text, said.words, said.sure, tuple(goals), unsaid)
+
+
+@lru_cache(maxsize=8)
+def _always_said(domain: Domain) -> frozenset[str]:
+    "Key words that every sentence of the domain names where it means them, as colours of balls."
+    meant, said = Counter(), Counter()
+    for level in domain.levels:
+        for goal in domain.goals(level) if level not in getattr(domain, "judged_only", ()) else ():
+            words = {*domain.words.meaning(goal).replace(";", " ").split()}
+            meant.update(words)
+            said.update(words & _words_of(goal.text))
+    return frozenset(w for w in meant if said[w] == meant[w])
+
+
+def _words_of(text: str) -> set[str]:
+    return {*re.findall(r"\w+", text.lower())}
 
 
 def asked(domain: Domain, understood: Understood) -> Goal:
@@ -177,9 +202,16 @@ def strip_of(domain: Domain, played: Played, most: int = 6): # frames a row
         frames a row
     """
     if played.imagined is None:
-        return film_strip(domain, played.real, most=most)
-    notes = [f"said: {text}" for text in played.said] or ""
-    return compare_strip(domain, played.imagined, played.real, notes, most)
+        return film_strip(domain, _titled(played.real, played), most=most)
+    notes = [f"the model says that it was for: {text}" for text in played.said] or ""
+    return compare_strip(domain, _titled(played.imagined, played), _titled(played.real, played), notes, most)
+
+
+def _titled(rollouts: Rollouts, played: Played) -> Rollouts:
+    "The same under what was typed and what was understood."
+    meant = " / ".join(goal.text for goal in played.understood.goals)
+    title = played.goal.text if meant == played.goal.text else f"{played.goal.text} (understood: {meant})"
+    return rollouts.with_goals([played.goal.replace(text=title)], np.zeros(len(rollouts), int))
 
 
 def frames_of(domain: Domain, played: Played, k: int = 0 # which rollout

@@ -224,6 +224,8 @@ def load_policy(folder: str | Path,
         in place of a new one, where it was trained with such a one
     """
     path = Path(folder)/"policy.safetensors"
+    if not path.exists() and (there := sorted(Path(folder).glob("**/policy.safetensors"))):
+        raise FileNotFoundError(f"{path} does not exist: expected the folder of one policy, such as {there[-1].parent}")
     spec = read_header(path, POLICY_FORMAT).get("encoder")
     if not isinstance(spec, dict):
         raise ValueError(f"{path} names no encoder: damaged; delete it and train again")

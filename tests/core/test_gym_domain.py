@@ -295,3 +295,15 @@ def test_real_and_imagined_steps_are_paid_alike():
     assert judge_reward(own, *args) is None and judge_reward(sparse, *args) is None
     with pytest.raises(ValueError, match="reward 'dense': 'success', or a function"):
         GymDomain(**make, reward="dense")
+
+
+def test_behaviours_that_are_no_dictionary_are_refused():
+    with pytest.raises(ValueError, match="behaviours .*: expected names with functions, such as"):
+        GymDomain("CartPole-v1", GO, "survive", behaviours=lambda simulator, rows, rng: rows)
+
+
+def test_wrong_actions_name_the_domain_and_what_it_has():
+    d = GymDomain("Pendulum-v1", GO, lambda goal, states, start: states[..., 0] > .9, max_steps=3,
+                  behaviours={"push": lambda simulator, rows, rng: np.ones(len(rows))})
+    with pytest.raises(ValueError, match="chosen in 'Pendulum-v1', which has .*: actions of shape"):
+        collect(d, d.goals("offline"), 2)

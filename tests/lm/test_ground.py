@@ -523,6 +523,30 @@ def test_a_state_of_another_request_is_refused(whole, domain, data):
 
 
 @discrete_only
+def test_slow_steps_are_stored_by_the_clock(domain, data, tmp_path, monkeypatch):
+    "Killed long before the first checkpoint by steps, a run goes on from where it was, to the same weights."
+    from kalm.lm import ground as module
+
+    monkeypatch.setattr(module, "STORE_AFTER", 0)
+    config, taken = replace(CONFIG, checkpoint_every=100, log_every=100), []
+    step = module.Training.step
+
+    def dies(self, position):
+        taken.append(self.progress.step)
+        if len(taken) == 5:
+            raise Kill
+        step(self, position)
+
+    monkeypatch.setattr(module.Training, "step", dies)
+    with pytest.raises(Kill):
+        ground(domain, data, config, out=tmp_path)
+    continued = ground(domain, data, config, out=tmp_path)
+    assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7]
+    whole = ground(domain, data, config)
+    assert all(map(torch.equal, continued.own_parameters().values(), whole.own_parameters().values()))
+
+
+@discrete_only
 def test_damaged_states_are_refused_and_kept(domain, data, tmp_path):
     with pytest.raises(Kill):
         ground(domain, data, CONFIG, out=tmp_path, callback=killer(3))

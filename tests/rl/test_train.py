@@ -396,3 +396,8 @@ def test_a_coordinate_in_tiny_units_is_learnt_from():
     r = Rollouts(states, sign[:, :1], goal=np.zeros(400), goals=GOALS, codec=DiscreteActions(2))
     policy = BC(hidden=32).fit(Replay(r, encoder=Fake()), steps=300)
     assert (policy.act(states[:, 0], GOALS[0].text) == sign[:, 0]).mean() > 0.98
+
+
+def test_rollouts_in_place_of_a_replay_are_named():
+    with pytest.raises(ValueError, match=r"bc learns from a Replay: give kalm.Replay\(rollouts\)"):
+        BC().fit(rollouts(5), steps=2)

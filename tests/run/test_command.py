@@ -180,3 +180,25 @@ def test_several_processes_ground_together_and_only_that(cache, tmp_path, monkey
     assert done.stdout.count("[1/1] ground") == 1 and (tmp_path/"r"/"grounded"/"kalm.json").exists()
     steps = [row["step"] for row in read_csv(tmp_path/"r"/"grounded"/"log.csv")]
     assert steps and len(steps) == len({*steps})
+
+
+def test_a_domain_of_this_folder_is_found(tmp_path):
+    code = "import kalm\nworld = kalm.GymDomain('CartPole-v1', {'offline': ['Go.']}, 'survive')\n"
+    (tmp_path/"my_world.py").write_text(code)
+    command = [str(Path(sys.executable).with_name("kalm")), "presets", "--domain", "my_world:world"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "smoke" in done.stdout, done.stderr
+
+
+def test_act_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kalm.run.command.KalmLM.grounded", lambda name: None)
+    assert main(["act", "Put red left of blue."]) == 1
+    assert capsys.readouterr().err.strip().endswith("in runs/quick: run `kalm train` first")
+
+
+def test_a_folder_of_policies_is_no_policy(tmp_path):
+    (tmp_path/"bc-0").mkdir()
+    (tmp_path/"bc-0"/"policy.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="expected the folder of one policy, such as .*bc-0"):
+        kalm.load_policy(tmp_path)

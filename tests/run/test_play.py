@@ -49,14 +49,35 @@ def lm(clevr, cache):
 )
 def test_what_is_understood(words, sure, tasks, lm, clevr, monkeypatch):
     says(monkeypatch, words, sure)
-    found = play.understand(lm, clevr, "Anything.")
+    text = "Red, blue, green, cyan: anything."
+    found = play.understand(lm, clevr, text)
     assert [goal.task["type"] for goal in found.goals] == tasks
     if tasks:
         goal = play.asked(clevr, found)
-        assert goal.text == "Anything." and goal.task["type"] == ("move" if len(tasks) == 1 else "all")
+        assert goal.text == text and goal.task["type"] == ("move" if len(tasks) == 1 else "all")
     else:
-        with pytest.raises(ValueError, match="'Anything.' was not understood"):
+        with pytest.raises(ValueError, match=f"'{text}' was not understood"):
             play.asked(clevr, found)
+
+
+def test_a_ball_that_is_not_named_is_not_understood(lm, clevr, monkeypatch):
+    "Key words that every sentence with that meaning says have to be in this one."
+    says(monkeypatch, "red green left")
+    found = play.understand(lm, clevr, "Shove the red ball to the left.")
+    assert found.goals == () and found.unsaid == ("green",)
+    assert str(found) == "not understood (red green left, 99% sure, but it does not say green)"
+    assert play.understand(lm, clevr, "RED goes west of (green)!").goals
+    own = clevr.goals("easy")[0]
+    assert play.understand(lm, clevr, own.text).goals == (own,)  # its own sentences need no model
+
+
+def test_the_picture_says_what_was_understood(lm, clevr, monkeypatch):
+    says(monkeypatch, "red blue left")
+    short = play.imagine
+    monkeypatch.setattr(play, "imagine", lambda *a, **kw: short(*a, **kw | dict(max_steps=2)))
+    played = play.play_imagined(lm, clevr, "Red, left of blue!", n=1)
+    goal, = play._titled(played.real, played).goals
+    assert goal.text == f"Red, left of blue! (understood: {played.understood.goals[0].text})"
 
 
 def test_a_threshold_is_calibrated_once(lm, clevr, monkeypatch):
@@ -101,7 +122,8 @@ def test_nonsense_is_answered_in_a_line(lm, monkeypatch, tmp_path, capsys):
     says(monkeypatch, "red blue left", sure=0.3)
     monkeypatch.setattr("kalm.run.command.KalmLM.grounded", lambda *a: lm)
     assert main(["imagine", "Make a snowman."]) == 1 and list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err == "kalm: 'Make a snowman.' was not understood (red blue left, 30% sure)\n"
+    assert capsys.readouterr().err == "kalm: 'Make a snowman.' was not understood (red blue left, 30% sure, " \
+        "but it does not say red or blue)\n"
     assert main(["act"]) == 1 and "say what is to be done" in capsys.readouterr().err
 
 
