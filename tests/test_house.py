@@ -271,7 +271,7 @@ SMALLER = {  # what the front page's code needs hours or a network for, in small
     "steps=2000": "steps=2, bf16=False",
     "n=200": "n=4",
     "5000": "20",
-    "steps=300": "steps=2, backbone='tiny-random', bf16=False",
+    "steps=60": "steps=2, backbone='tiny-random', bf16=False",
     "1000)": "40)",
     "episodes=200": "episodes=4",
     'KalmLM.grounded("clevr")': "KalmLM.from_pretrained('runs/qwen')",
