@@ -272,7 +272,7 @@ def collect(domain: Domain,
             policy: str | None = None,     # name of a behaviour; "medium", the first or "random" if not given
             seed: int = 0,                 # decides everything that is random
             out: str | Path | None = None, # folder for shards and the result; what was stopped there continues
-            **options,                     # `keep_failures`, `workers`, `max_minutes`, `progress`: see `CollectOptions`
+            **options,                     # `keep_failures`, `workers`, ...: `kalm.core.episodes.CollectOptions`
            ) -> Rollouts:                  # fewer than `n` if it was stopped: call again with the same `out`
     """`n` real rollouts of a scripted behaviour. `out` gets rollouts.npz once all are there.
 
@@ -291,7 +291,7 @@ def collect(domain: Domain,
     out
         folder for shards and the result; what was stopped there continues
     **options
-        `keep_failures`, `workers`, `max_minutes`, `progress`: see `CollectOptions`
+        `keep_failures`, `workers`, ...: `kalm.core.episodes.CollectOptions`
 
     Returns
     -------

@@ -49,6 +49,10 @@ class GroundConfig:
 
     Parameters
     ----------
+    backbone
+        a causal language model: a hub name, a folder, or "tiny-random" to try things
+    adapter
+        rank of LoRA, or full=True for all weights
     scratch
         random weights in place of the pretrained ones
     start
@@ -69,6 +73,8 @@ class GroundConfig:
         of a key word, against other words: few words decide the meaning
     negatives
         random words beside the right ones, 0 the whole vocabulary
+    steps
+        of the optimiser
     batch_tokens
         in a step, over all processes
     width
@@ -79,16 +85,22 @@ class GroundConfig:
         of embeddings and heads
     warmup
         share of the steps
+    weight_decay
+        of all that is trained
     clip
         largest norm of the gradient
     bf16
         bfloat16 arithmetic; None: where the hardware has it
     checkpoint_every
-        steps
+        steps; where they are slow, the state is stored every five minutes too
+    log_every
+        steps between rows of log.csv
+    seed
+        of every random number
     """
     # the model
-    backbone: str = DEFAULT_BACKBONE
-    adapter: Adapter = Adapter()
+    backbone: str = DEFAULT_BACKBONE  # a causal language model: a hub name, a folder, or "tiny-random" to try things
+    adapter: Adapter = Adapter()   # rank of LoRA, or full=True for all weights
     scratch: bool = False          # random weights in place of the pretrained ones
     start: str = ""                # folder of a checkpoint to begin with; "shipped": the one that ships for the domain
     # the tasks
@@ -103,19 +115,19 @@ class GroundConfig:
     keyword_weight: float = 1.     # of a key word, against other words: few words decide the meaning
     negatives: int = 1024          # random words beside the right ones, 0 the whole vocabulary
     # the optimiser
-    steps: int = 2000
+    steps: int = 2000              # of the optimiser
     batch_tokens: int = 2048       # in a step, over all processes
     width: int = 128               # tokens in a row, in which short sequences lie side by side; 0: a row each
     lr: float = 1e-3               # of the adapter (or of the backbone, if fully tuned: use 2e-4)
     head_lr: float = 1e-3          # of embeddings and heads
     warmup: float = .03            # share of the steps
-    weight_decay: float = 0.
+    weight_decay: float = 0.       # of all that is trained
     clip: float = 1.               # largest norm of the gradient
     bf16: bool | None = None       # bfloat16 arithmetic; None: where the hardware has it
     # the run
-    checkpoint_every: int = 200    # steps
-    log_every: int = 20
-    seed: int = 0
+    checkpoint_every: int = 200    # steps; where they are slow, the state is stored every five minutes too
+    log_every: int = 20            # steps between rows of log.csv
+    seed: int = 0                  # of every random number
 
     def __post_init__(self):
         for name, made in (("adapter", Adapter), ("task_weights", TaskWeights)):
