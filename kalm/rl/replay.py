@@ -21,7 +21,7 @@ from ..core.rollouts import IMAGINED, REAL, SOURCES, Rollouts
 from .encoder import Encoder, GivenEncodings, SentenceEncoder, Whitening
 
 # %% auto #0
-__all__ = ['Batch', 'Scales', 'scales_of', 'Replay', 'synthetic_replay']
+__all__ = ['STAY', 'Batch', 'Scales', 'scales_of', 'Replay', 'synthetic_replay']
 
 # %% ../../nbs/rl/20_replay.ipynb #afa7ff36
 class Batch(NamedTuple):
@@ -150,6 +150,9 @@ class Scales(NamedTuple):
                               next_states=(batch.next_states - centre) * scale)
 
 
+STAY = (.3, 10)   # coordinates of such sizes stay as they are
+
+
 def _power_of_ten(size: float, wanted: float) -> float:
     "The one that brings `size` nearest to `wanted`; 1 where there is nothing to bring."
     return float(10.**np.round(np.log10(wanted / size))) if size > 0 else 1.
@@ -166,8 +169,8 @@ def scales_of(datasets: Sequence[Rollouts]) -> Scales:
     centre = np.where(far, middle, 0)
     sizes = np.where(far, spread, np.quantile(np.abs(states), .99, axis=0))
     returns = np.concatenate([np.where(r.mask, r.rewards, 0).sum(1, dtype=np.float64) for r in datasets])
-    return Scales(centre.astype(np.float32), np.array([_power_of_ten(s, 1) for s in sizes], np.float32),
-                  _power_of_ten(np.abs(returns).max(), 100))
+    scale = [1 if STAY[0] <= size <= STAY[1] else _power_of_ten(size, 1) for size in sizes]
+    return Scales(centre.astype(np.float32), np.array(scale, np.float32), _power_of_ten(np.abs(returns).max(), 100))
 
 # %% ../../nbs/rl/20_replay.ipynb #955725af
 def _unlike_rewards(datasets: Sequence[Rollouts]) -> bool:
