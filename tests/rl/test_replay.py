@@ -111,7 +111,8 @@ def test_success_and_failure_end_the_future_and_time_does_not(ended, last):
 
 
 @pytest.mark.parametrize("low, high, centre, scale", [
-    (-0.5, 0.5, 0, 1), (-3, 3, 0, 1), (-8, 8, 0, 1), (-12, 12, 0, 0.1), (-0.2, 0.2, 0, 10), (-2e-4, 2e-4, 0, 1e4), (-4e6, 0, 0, 1e-7),
+    (-0.5, 0.5, 0, 1), (-3, 3, 0, 1), (-8, 8, 0, 1), (-12, 12, 0, 0.1),
+    (-0.2, 0.2, 0, 10), (-2e-4, 2e-4, 0, 1e4), (-4e6, 0, 0, 1e-7),
     (999, 1001, 1000, 1), (5, 7, 6, 1), (2, 2, 2, 1), (0, 0, 0, 1), (0.1999, 0.2001, 0.2, 1e4)])
 def test_states_are_learnt_in_round_units(low, high, centre, scale):
     "The range of a coordinate, the point it is measured from, and the power of ten that brings it to about 1."
