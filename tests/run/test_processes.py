@@ -48,7 +48,9 @@ def start(folder: Path, *seconds: float) -> subprocess.Popen:
     script.write_text(PARENT)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(folder)])
     command = [sys.executable, str(script), str(folder / "run"), *map(str, seconds)]
-    return subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=paths), start_new_session=True)
+    # a shell that runs tests in the background has made them, and what they start, deaf to Ctrl-C
+    return subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=paths), start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def names(folder: Path, what: str) -> set[str]:
