@@ -28,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from kalm.core.files import save_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT/"results"/"attacks.json"
 WORLDS = ("clevr", "worlds:discrete_line", "worlds:continuous_line", "worlds:cart_pole")
@@ -241,7 +243,7 @@ def store(path: Path, what: str, rows: list[dict], seed: int) -> None:
     kept = [row for row in found.get(what, []) if (row["world"], row.get("cores")) not in about]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     found[what] = kept + [row | dict(seed=seed, commit=commit.stdout.strip()) for row in rows]
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    save_json(path, found)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,23 @@ def test_archives_hold_the_package_and_no_more(dist):
     assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
+WORLD = """
+from kalm.core.gym_domain import GymDomain
+
+pole = GymDomain("CartPole-v1", {"offline": ["Keep the pole up."], "rephrase": ["Balance it."]}, success="survive",
+                 max_steps=8)
+"""
+
+
 def test_the_wheel_runs_in_an_empty_folder(installed, tmp_path):
-    done = run(str(installed/"bin"/"kalm"), "run", "--preset", "smoke", cwd=tmp_path, PYTHONPATH=str(installed),
-               PYTHONWARNINGS="ignore")
+    "All stages in a world of the user's own; the world that the package brings, with its files."
+    (tmp_path/"mine.py").write_text(WORLD)
+    env = dict(PYTHONPATH=str(installed), PYTHONWARNINGS="ignore")
+    done = run(str(installed/"bin"/"kalm"), "run", "--domain", "mine:pole", "--preset", "smoke", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("[")] == STAGES
-    assert (tmp_path/"runs"/"smoke"/"figures"/"success.png").exists()
+    assert (tmp_path/"runs"/"pole-smoke"/"figures"/"success.png").exists()
+    done = run(str(installed/"bin"/"kalm"), "collect", "--preset", "smoke", cwd=tmp_path, **env)
+    assert done.returncode == 0 and (tmp_path/"runs"/"smoke"/"data"/"rollouts.npz").exists(), done.stderr
     where = run(sys.executable, "-c", "import kalm; print(kalm.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(where.stdout.strip()).is_relative_to(installed)

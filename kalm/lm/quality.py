@@ -25,7 +25,8 @@ from .imagine import unreal_steps
 from .model import TEXT, KalmLM
 
 # %% auto #0
-__all__ = ['matches', 'replays', 'distances', 'step_errors', 'Quality', 'quality', 'cut_unreal', 'repair_unreal', 'perplexity']
+__all__ = ['matches', 'replays', 'distances', 'yardsticks', 'step_errors', 'Quality', 'quality', 'cut_unreal', 'repair_unreal',
+           'perplexity']
 
 # %% ../../nbs/lm/90_quality.ipynb #13ef141e
 def matches(rollouts: Rollouts, domain: Domain) -> np.ndarray | None: # (B,) bool
@@ -65,6 +66,20 @@ def distances(a: np.ndarray, b: np.ndarray, limits: Limits | None) -> np.ndarray
     return np.stack([np.linalg.norm(change[:, list(part)], axis=1) for part in parts], 1)
 
 
+def yardsticks(states: np.ndarray, limits: Limits | None) -> np.ndarray: # (S,) or ()
+    """What a coordinate of states (N, S) is measured in: 1 where parts share a unit, else its spread.
+
+    Returns
+    -------
+    np.ndarray
+        (S,) or ()
+    """
+    if limits is not None and limits.parts:
+        return np.ones(())
+    spread = states.std(0)
+    return np.where(spread > 0, spread, 1)
+
+
 def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None: # (N, parts) both
     """How far imagined next states, and unchanged ones, lie from real ones; None without `domain.at`.
 
@@ -83,8 +98,7 @@ def step_errors(rollouts: Rollouts, domain: Domain) -> tuple[np.ndarray, np.ndar
         return np.zeros((0, 1)), np.zeros((0, 1))
     simulator = domain.at(rollouts.goals, t["goal"], before)
     simulator.step(np.arange(len(before)), t["actions"])
-    spread = 1 if limits is not None and limits.parts else np.where(before.std(0) > 0, before.std(0), 1)
-    real, imagined, still = (x / spread for x in (simulator.states, t["next_states"], before))
+    real, imagined, still = (x / yardsticks(before, limits) for x in (simulator.states, t["next_states"], before))
     return distances(imagined, real, limits), distances(still, real, limits)
 
 # %% ../../nbs/lm/90_quality.ipynb #b9912dcb

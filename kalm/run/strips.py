@@ -21,6 +21,7 @@ from ..core.domain import Domain, judge_success
 from ..core.episodes import replay
 from ..core.files import atomic_write
 from ..core.rollouts import Rollout, Rollouts
+from ..lm.quality import distances, yardsticks
 from .plots import BAD, GOOD, style
 
 # %% auto #0
@@ -274,7 +275,7 @@ def film_strip(domain: Domain,
 
 # %% ../../nbs/run/55_strips.ipynb #61b5ef55
 def apart(domain: Domain, a: np.ndarray, b: np.ndarray) -> np.ndarray: # (n,)
-    """Mean distance between states (n, S), part by part, in the states' unit.
+    """Mean distance between states (n, S): of parts in the states' unit, else of coordinates in their spread.
 
     Returns
     -------
@@ -282,8 +283,8 @@ def apart(domain: Domain, a: np.ndarray, b: np.ndarray) -> np.ndarray: # (n,)
         (n,)
     """
     limits = getattr(domain, "limits", None)
-    parts = limits.parts if limits is not None and limits.parts else (range(a.shape[1]),)
-    return np.mean([np.linalg.norm(a[:, list(part)] - b[:, list(part)], axis=1) for part in parts], 0)
+    unit = yardsticks(b, limits)
+    return distances(a / unit, b / unit, limits).mean(1)
 
 
 def _pair(domain: Domain, imagined: Rollout, real: Rollout, note: str, most: int) -> list[_Row]:
@@ -292,7 +293,8 @@ def _pair(domain: Domain, imagined: Rollout, real: Rollout, note: str, most: int
         raise ValueError(f"{len(imagined)} imagined steps and {len(real)} real ones: expected no more real ones")
     steps = sorted({*evenly(len(imagined), most), len(real)})
     both = [t for t in steps if t <= len(real)]
-    unit = getattr(domain, "unit", "")
+    shared = getattr(getattr(domain, "limits", None), "parts", ())
+    unit = getattr(domain, "unit", "") if shared else "spreads"
     far = [f"{d:.3f} {unit}".strip() for d in apart(domain, imagined.states[both], real.states[both])]
     success = succeeded(domain, real)
     captions = [f"{t}: {d} apart" for t, d in zip(both, far)]

@@ -559,7 +559,8 @@ def test_rollouts_of_no_steps_are_left_out(domain):
     assert {i for b in ex.plan(0) for p in b if p.task < READ for i in p.rows[:, 0].tolist()} == {1, 2, 3, 5}
 
 
-def test_a_sentence_cannot_name_control_tokens():
+def test_a_sentence_cannot_name_control_tokens(monkeypatch):
+    monkeypatch.delenv("KALM_CACHE")   # where the backbone lies already
     lm = KalmLM.from_pretrained(state_dim=2, codec=DiscreteActions(2))
     writer, special = Writer(lm), set(lm.tokenizer.all_special_ids)
     text = "Go to <|im_end|> and <|im_start|> now."

@@ -1,7 +1,6 @@
 "The command line from data to figures, in small: worlds of other kinds, CLEVR-Robot, stopping, bad input."
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -31,7 +30,8 @@ def test_continuous_worlds_get_three_algorithms():
 @pytest.fixture(scope="module")
 def clevr_run(tmp_path_factory, session_cache):
     "A run of CLEVR-Robot with every baseline, on very little."
-    os.environ["KALM_CACHE"] = str(session_cache)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("KALM_CACHE", str(session_cache))
     small = preset(domain("clevr"), "smoke")
     levels = dict(rephrase=Imagined(4), easy=Imagined(4, tries=2), hard=Imagined(4, parts=True))
     run = Run(
@@ -39,6 +39,7 @@ def clevr_run(tmp_path_factory, session_cache):
     )
     run.spec = ""  # in this process
     assert run_stages(run, list(STAGES))
+    patch.undo()
     return run
 
 
