@@ -306,10 +306,14 @@ def claim(folder: str | Path,         # holds, or will hold, the work
     old = load_json(path)
     if old == request:
         return
+    if not isinstance(old, dict) or not set(old) & set(request):
+        raise ValueError(f"{path} does not say what {folder} holds: damaged or changed by hand; "
+                         "put it back, or delete the folder")
     old, new = _flat(old), _flat(request)
     names = [k for k in dict.fromkeys([*new, *old]) if old.get(k) != new.get(k)]
     differ = ", ".join(f"{k} was {_short(old.get(k))}, is {_short(new.get(k))}" for k in names)
-    raise ValueError(f"{folder} holds {what} with other settings ({differ}): give another folder, or delete it")
+    raise ValueError(f"{folder} holds {what} with other settings ({differ}), says {path}: "
+                     "give another folder, or delete it")
 
 
 def _flat(value, name: str = "") -> dict:

@@ -31,7 +31,7 @@ from ..tensors.store import load_tensors, read_about, save_tensors, torch_rng
 
 # %% auto #0
 __all__ = ['PAD', 'TEXT', 'STATE', 'ACTION', 'FORMAT', 'SHIPPED', 'tree_attention_mask', 'ModelSpec', 'KalmLM',
-           'try_out_backbone', 'upgrade_header']
+           'try_out_backbone', 'read_checkpoint_header', 'upgrade_header']
 
 # %% ../../nbs/lm/30_model.ipynb #d52fc7fe
 PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # kinds of element
@@ -436,8 +436,8 @@ def _model_of(c: dict, folder: Path, backbone: str | None, dtype: torch.dtype) -
     return lm.adapt(Adapter(**c["adapter"])) if c["adapter"] else lm
 
 
-def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> KalmLM:
-    "A checkpoint written by `save_pretrained`, on its own backbone or the one named."
+def read_checkpoint_header(folder: Path) -> dict:
+    "What kalm.json says of a checkpoint; `ValueError` unless the weights were stored with it."
     path = folder/"kalm.json"
     c = load_json(path)
     if not isinstance(c, dict) or c.get("format") not in (FORMAT, _OLD_FORMAT):
@@ -445,6 +445,12 @@ def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> Ka
     made = read_about(folder/"model.safetensors").get("header")   # checkpoints of earlier versions do not say
     if made and c["format"] == FORMAT and made != digest_of(c):
         raise ValueError(f"{path} differs from what {folder/'model.safetensors'} was stored with: damaged or changed")
+    return c
+
+
+def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> KalmLM:
+    "A checkpoint written by `save_pretrained`, on its own backbone or the one named."
+    path, c = folder/"kalm.json", read_checkpoint_header(folder)
     try:
         lm = _model_of(upgrade_header(c) if c["format"] == _OLD_FORMAT else c, folder, backbone, dtype)
     except (KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as e:   # or sizes beyond reason

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.episodes import collect, collect_shard, shards_of
-from ..core.files import check_sha256, load_json, numpy_rng, save_json, start_seeds
+from ..core.files import check_sha256, load_json, numpy_rng, save_json, seal, start_seeds
 from ..core.goals import Goal
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
@@ -21,7 +21,7 @@ from ..lm.backbone import TINY_BACKBONE
 from ..lm.ground import STATE_FORMAT, ground
 from ..lm.generate import Imagination, generate
 from ..lm.imagine import imagine_filtered
-from ..lm.model import KalmLM
+from ..lm.model import KalmLM, read_checkpoint_header
 from ..lm.parts import imagine_by_parts
 from ..lm.quality import quality, repair_unreal
 from ..lm.settings import GroundConfig, TaskWeights
@@ -89,7 +89,7 @@ def ground_stage(run: Run) -> None:
 
 def check_grounded(folder: Path) -> None:
     "`FileNotFoundError` or `ValueError` unless a whole grounded model lies there."
-    load_json(folder/"kalm.json")
+    read_checkpoint_header(folder)
     load_tensors(folder/"model.safetensors")
     if (folder/"log.csv.sha256").exists():   # a short run has no log
         check_sha256(folder/"log.csv")
@@ -131,6 +131,7 @@ def imagine_stage(run: Run) -> None:
 def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:
     "What a level's folder promises."
     made, worth = Rollouts.load(folder/"rollouts.npz"), load_json(folder/"quality.json")
+    check_sha256(folder/"quality.json")
     if not isinstance(worth, dict) or not {"rollouts", "imagined", "match", "replay"} <= {*worth}:
         raise ValueError(f"{folder/'quality.json'} is damaged or was changed by hand")
     return made, worth
@@ -152,6 +153,7 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
         counts |= repaired
     kept.save(folder/"rollouts.npz")
     save_json(folder/"quality.json", asdict(quality(kept, run.domain)) | counts)
+    seal(folder/"quality.json")
 
 
 def _summary(q: dict) -> str:

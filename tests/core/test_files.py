@@ -239,9 +239,10 @@ def test_a_folder_is_claimed_by_one_request(tmp_path):
         claim(tmp_path/"run", dict(n=2, goals=["a", "b"]), "a run")
     with pytest.raises(ValueError, match=r"new was null, is \"x+\.\.\.\)"):
         claim(tmp_path/"run", dict(n=1, goals=["a", "b"], new="x" * 200), "a run")
-    save_json(tmp_path/"run"/"request.json", [])
-    with pytest.raises(ValueError, match="other settings"):
-        claim(tmp_path/"run", dict(n=1), "a run")
+    for damage in ([], {}, 3, None, "x", dict(format=7)):
+        save_json(tmp_path/"run"/"request.json", damage)
+        with pytest.raises(ValueError, match="request.json does not say what .*run holds: damaged"):
+            claim(tmp_path/"run", dict(n=1), "a run")
 
 
 def test_lock_lets_one_in_at_a_time(tmp_path):

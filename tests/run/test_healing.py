@@ -101,3 +101,13 @@ def test_shards_of_another_model_or_of_other_rollouts_are_made_again(run, finish
         save_json(marks, load_json(marks) | change)
         assert main(["imagine", *ARGS[1:], str(run)]) == 0
         assert load_json(marks) == load_json(finished / "imagined" / "rephrase" / "shards" / "00000.json")
+
+
+def test_one_changed_value_in_a_finished_run_is_noticed(run, finished):
+    "Nothing later reads these files again."
+    changed = {"grounded/kalm.json": dict(hidden=7), "imagined/rephrase/quality.json": dict(imagined=9)}
+    for name, value in changed.items():
+        save_json(run / name, load_json(run / name) | value)
+    assert main([*ARGS, str(run)]) == 0
+    for name in changed:
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
