@@ -32,17 +32,16 @@ def test_continuous_worlds_get_three_algorithms():
 @pytest.fixture(scope="module")
 def clevr_run(tmp_path_factory, session_cache):
     "A run of CLEVR-Robot with every baseline, on very little: one sentence in eighteen."
-    patch = pytest.MonkeyPatch()
-    patch.setenv("KALM_CACHE", str(session_cache))
-    patch.setattr(ClevrRobot, "goals", lambda self, level: goal_set(level)[::18])
     small = preset(domain("clevr"), "smoke")
     levels = dict(rephrase=Imagined(4), easy=Imagined(4, tries=2), hard=Imagined(4, parts=True))
     run = Run(
         replace(small, episodes=4, imagined=levels, checkpoints=1), "clevr", tmp_path_factory.mktemp("clevr") / "run"
     )
     run.spec = ""  # in this process
-    assert run_stages(run, list(STAGES))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KALM_CACHE", str(session_cache))
+        patch.setattr(ClevrRobot, "goals", lambda self, level: goal_set(level)[::18])
+        assert run_stages(run, list(STAGES))
     return run
 
 

@@ -21,12 +21,11 @@ PROMISED += ["policies/bc/training.safetensors", "acted/bc/offline.npz"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, session_cache) -> Path:
     "A whole run, in this process."
-    patch = pytest.MonkeyPatch()
-    patch.setenv("KALM_CACHE", str(session_cache))
-    patch.setattr("kalm.run.workers.os.cpu_count", lambda: 1)
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert main([*ARGS, str(out)]) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KALM_CACHE", str(session_cache))
+        patch.setattr("kalm.run.workers.os.cpu_count", lambda: 1)
+        assert main([*ARGS, str(out)]) == 0
     return out
 
 
