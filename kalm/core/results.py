@@ -118,9 +118,7 @@ def write_result(path: str | Path, # results.csv
         every column but rate, low and high; `kind` may be left out
     """
     row = {"kind": ""} | row
-    n, k = int(row.get("episodes", 0)), int(row.get("successes", 0))
-    low, high = wilson(k, n)
-    row |= dict(rate=f"{k / n:.6f}", low=f"{low:.6f}", high=f"{high:.6f}")
+    row |= _rates(int(row.get("successes", 0)), int(row.get("episodes", 0)))
     wrong = set(RESULT_COLUMNS) ^ set(row)
     if wrong:
         raise ValueError(f"result row with missing or unknown columns {', '.join(sorted(wrong))}: "
@@ -129,6 +127,12 @@ def write_result(path: str | Path, # results.csv
     with lock_file(path):
         old = read_results(path)
         _write_rows(path, [r for r in old if any(r[c] != row[c] for c in RESULT_KEY)] + [row])
+
+
+def _rates(k: int, n: int) -> dict[str, str]:
+    "The columns that follow from `k` successes in `n` episodes."
+    low, high = wilson(k, n)
+    return dict(rate=f"{k / n:.6f}", low=f"{low:.6f}", high=f"{high:.6f}")
 
 
 def _write_rows(path: str | Path, rows: Sequence[dict]) -> None:
@@ -170,6 +174,14 @@ def read_results(name: str | Path, # a path that ends in .csv, or the name of a 
     rows = read_csv(path)
     if rows and tuple(rows[0]) != RESULT_COLUMNS:
         raise ValueError(f"{path} has columns {', '.join(map(str, rows[0]))}: expected {', '.join(RESULT_COLUMNS)}")
+    for line, r in enumerate(rows, 2):
+        try:
+            right = _rates(int(r["successes"]), int(r["episodes"]))
+        except (ValueError, TypeError):
+            right = {}
+        if any(r[column] != right.get(column) for column in ("rate", "low", "high")):
+            raise ValueError(f"{path} line {line}: rate and interval are not those of {r['successes']} successes in "
+                             f"{r['episodes']} episodes: damaged or changed by hand; delete the line")
     return [r for r in rows if all(r[k] == str(v) for k, v in where.items())]
 
 

@@ -20,7 +20,7 @@ import torch
 
 import kalm
 from ..core.domain import Domain, check_domain, domain
-from ..core.files import claim, save_json
+from ..core.files import claim, digest_of, save_json
 from .presets import Preset, check_preset
 
 # %% auto #0
@@ -67,6 +67,11 @@ def machine() -> dict:
     return dict(cores=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 # %% ../../nbs/run/20_folder.ipynb #f7cf82d3
+def _digests(d: Domain) -> dict[str, str]:
+    "Of the goals of each level: another version of a domain may ask for other things."
+    return {level: digest_of([goal.to_json() for goal in d.goals(level)]) for level in d.levels}
+
+
 class Stopped(Exception):
     "A stage ended cleanly at a checkpoint because its time was up."
 
@@ -103,6 +108,7 @@ class Run:
         settings.pop("about")   # words about it decide nothing
         self.config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         claim(self.out, settings, "a run", "config.json")
+        claim(self.out, dict(sentences=_digests(self.domain)), "a run", "sentences.json")
         made = self.out/"made_by.json"
         if not made.exists():
             save_json(made, dict(config=self.config, commit=commit(), versions=versions(), machine=machine()))

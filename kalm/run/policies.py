@@ -15,7 +15,7 @@ import torch
 
 from ..core.domain import Domain
 from ..core.episodes import Evaluation, evaluate
-from ..core.files import check_sha256, cut_csv, lock_file
+from ..core.files import check_sha256, claim, cut_csv, lock_file
 from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
@@ -33,9 +33,9 @@ from .workers import in_processes
 from ..tensors.store import load_state, load_tensors, read_about, read_header, save_tensors
 
 # %% auto #0
-__all__ = ['ACTED', 'Job', 'jobs', 'judged_on', 'datasets', 'replay_of', 'encoder_of', 'whitening_of', 'home_of', 'kept_steps',
-           'train_job', 'make_room', 'train_stage', 'load_policy', 'Row', 'rows_of', 'is_shown', 'evaluate_policy',
-           'evaluate_lm', 'evaluate_stage']
+__all__ = ['LEARNED_FROM', 'ACTED', 'Job', 'jobs', 'judged_on', 'data_files', 'datasets', 'replay_of', 'encoder_of',
+           'whitening_of', 'home_of', 'kept_steps', 'train_job', 'make_room', 'train_stage', 'load_policy', 'Row',
+           'rows_of', 'is_shown', 'evaluate_policy', 'evaluate_lm', 'key_of', 'own_results', 'evaluate_stage']
 
 # %% ../../nbs/run/40_policies.ipynb #3a2571dc
 @dataclass(frozen=True)
@@ -84,6 +84,13 @@ def judged_on(p: Preset, d: Domain, job: Job) -> list[str]:
     return [d.levels[0]] * first + list(job.levels)
 
 # %% ../../nbs/run/40_policies.ipynb #57f6060a
+def data_files(run: Run, job: Job) -> list[Path]:
+    "Of the real rollouts and of each level; an error names the stage that makes a missing one."
+    folder, stage = ("imagined", "imagine") if job.source == "kalm" else ("oracle", "collect")
+    extra = [need(run.out/folder/level/"rollouts.npz", stage) for level in job.levels]
+    return [need(run.out/"data"/"rollouts.npz", "collect"), *extra]
+
+
 def datasets(run: Run, job: Job) -> list[Rollouts]:
     "Real rollouts as the preset prepares them, then those of the job's source."
     p, real = run.preset, real_rollouts(run)[:run.preset.rl_rollouts]
@@ -93,9 +100,7 @@ def datasets(run: Run, job: Job) -> list[Rollouts]:
         real = run.domain.symmetries(real, p.mixing.augment, p.seed)
     if not job.source:
         return [real]
-    folder = run.out/("imagined" if job.source == "kalm" else "oracle")
-    stage = "imagine" if job.source == "kalm" else "collect"
-    extra = [Rollouts.load(need(folder/level/"rollouts.npz", stage)) for level in job.levels]
+    extra = [Rollouts.load(path) for path in data_files(run, job)[1:]]
     if job.source == "oracle":
         extra = [r[r.success] for r in extra]   # an expert's successes take the place of imagined rollouts
     return [real, Rollouts.concat(extra)]
@@ -173,6 +178,8 @@ def train_job(run: Run, job: Job, until: float | None = None # stop cleanly at t
         replay_of(run, job), steps=steps, seed=run.seeds(), out=run.out/"policies"/job.name, max_minutes=minutes,
         callback=keep, every=Every(log=max(1, steps // 50), checkpoint=max(1, steps // 20),
                                    callback=max(1, steps // 10)))
+    if policies[0].step == steps:
+        _claim_data(run, job)
     return policies[0].step
 
 # %% ../../nbs/run/40_policies.ipynb #e7d10c12
@@ -185,6 +192,7 @@ def make_room(run: Run, job: Job) -> None:
             if not whole(load_tensors, home_of(run.out, job, seed)/f"step-{k}"/"policy.safetensors")]
     if step >= min(lost, default=math.inf):
         state.unlink()   # the policies of those steps come out of training alone
+    if not state.exists():
         with lock_file(run.out/"results.csv"):   # jobs are trained side by side
             cut_csv(run.out/"results.csv", lambda row: row["method"] != job.method)
 
@@ -193,6 +201,9 @@ def train_stage(run: Run) -> None:
     "policies/: every algorithm with and without imagined rollouts, every seed."
     p, minutes = run.preset, run.minutes_left()
     todo = [job for job in jobs(p) if not _trained(run, job)]
+    for job in jobs(p):
+        if (run.out/"policies"/job.name/LEARNED_FROM).exists():
+            _claim_data(run, job)
     until = None if minutes is None else time.time() + 60 * minutes
     whitening_of(run, encoder_of(run))   # once, for all
     reached = {}
@@ -205,12 +216,23 @@ def train_stage(run: Run) -> None:
     run.say(f"  {len(jobs(p)) * p.seeds} policies")
 
 
+LEARNED_FROM = "learned_from.json"
+
+
+def _claim_data(run: Run, job: Job) -> None:
+    "Note which rollouts a job's policies are learned from; `ValueError` if they were others."
+    data = {str(path.relative_to(run.out).parent): Rollouts.load(path).digest() for path in data_files(run, job)}
+    claim(run.out/"policies"/job.name, data, "policies", LEARNED_FROM)
+
+
 def _trained(run: Run, job: Job) -> bool:
     "Whether all the policies that will be evaluated and the curves are there, and whole."
     homes = [home_of(run.out, job, seed) for seed in run.seeds()]
-    return all(whole(check_sha256, home/"curve.csv") for home in homes) and all(
-        whole(load_tensors, home/f"step-{step}"/"policy.safetensors")
-        for home in homes for step in kept_steps(run.preset, job.training))
+    files = [home/f"step-{step}"/"policy.safetensors"
+             for home in homes for step in kept_steps(run.preset, job.training)]
+    return ((run.out/"policies"/job.name/LEARNED_FROM).exists()
+            and all(whole(check_sha256, home/"curve.csv") for home in homes)
+            and all(whole(load_tensors, file) for file in files))
 
 # %% ../../nbs/run/40_policies.ipynb #6759f343
 def load_policy(folder: str | Path,
@@ -294,19 +316,38 @@ def evaluate_lm(run: Run, row: Row, lm: KalmLM) -> Evaluation:
     return Evaluation.of(episodes, row.seed)
 
 # %% ../../nbs/run/40_policies.ipynb #1c44f577
+def key_of(r: dict[str, str]) -> tuple:
+    "Which `Row` a row of results.csv belongs to."
+    return r["method"], r["level"], r["seed"], r["step"]
+
+
+def own_results(run: Run) -> list[dict[str, str]]:
+    "The rows of the run's results.csv; `ValueError` for a line that cannot be of this run."
+    path, rows = run.out/"results.csv", {row.key for row in rows_of(run)}
+    own = dict(domain=run.domain.name, preset=run.preset.name, backend=run.preset.ground.backbone, config=run.config)
+    kinds = {level: {"", *(goal.kind for goal in run.domain.goals(level))} for level in run.domain.levels}
+    found = read_results(path)
+    for line, r in enumerate(found, 2):
+        foreign = any(r[column] != value for column, value in own.items())
+        if foreign or key_of(r) not in rows or r["kind"] not in kinds[r["level"]]:
+            raise ValueError(f"{path} line {line} is no result of this run: damaged or changed by hand; "
+                             "delete the line")
+    return found
+
+
 def evaluate_stage(run: Run) -> None:
     "results.csv: a row for each method, level, seed and checkpoint; acted/METHOD/LEVEL.npz: episodes to look at."
     path, rows = run.out/"results.csv", rows_of(run)
     for row in rows:
         if row.folder:
             need(Path(row.folder)/"policy.safetensors", "train")
-    done = {(r["method"], r["level"], r["seed"], r["step"]) for r in read_results(path, config=run.config, kind="")}
+    done = {key_of(r) for r in own_results(run) if not r["kind"]}
     todo = [row for row in rows if row.key not in done]
     lost = [row for row in rows if row.key in done and is_shown(run.preset, row) and row.method not in ("lm", "lm-bc")
             and not whole(Rollouts.load, run.out/"acted"/row.method/f"{row.level}.npz")]
     if lost:   # their episodes are played again, and their rows written again
         gone = {row.key for row in lost}
-        cut_csv(path, lambda r: (r["method"], r["level"], r["seed"], r["step"]) not in gone)
+        cut_csv(path, lambda r: key_of(r) not in gone)
         todo += lost
     with progress_bar(len(rows), "evaluating", "row", len(rows) - len(todo)) as bar:
         for row, e in _evaluated(run, todo):

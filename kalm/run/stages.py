@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.episodes import collect, collect_shard, shards_of
-from ..core.files import check_sha256, load_json, numpy_rng, save_json, seal, start_seeds
+from ..core.files import check_sha256, claim, load_json, numpy_rng, save_json, seal, sha256, start_seeds
 from ..core.goals import Goal
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
@@ -21,7 +21,7 @@ from ..lm.backbone import TINY_BACKBONE
 from ..lm.ground import STATE_FORMAT, ground
 from ..lm.generate import Imagination, generate
 from ..lm.imagine import imagine_filtered
-from ..lm.model import KalmLM, read_checkpoint_header
+from ..lm.model import SHIPPED, KalmLM, read_checkpoint_header
 from ..lm.parts import imagine_by_parts
 from ..lm.quality import quality, repair_unreal
 from ..lm.settings import GroundConfig, TaskWeights
@@ -97,9 +97,11 @@ def check_grounded(folder: Path) -> None:
 
 def _grounded(run: Run, config: GroundConfig, folder: Path, n: int) -> None:
     "Ground a model in `folder` on the first `n` real rollouts, if it is not there already."
+    data = real_rollouts(run)[:n]
+    claim(folder, dict(data=data.digest()), "a model", "learned_from.json")
     if not whole(check_grounded, folder):
         set_aside(run, folder/"state.safetensors", load_state, STATE_FORMAT)
-        ground(run.domain, real_rollouts(run)[:n], config, out=folder, max_minutes=run.minutes_left(), shard=run.shard)
+        ground(run.domain, data, config, out=folder, max_minutes=run.minutes_left(), shard=run.shard)
     if not whole(check_grounded, folder):
         raise Stopped()
 
@@ -122,10 +124,18 @@ def imagine_stage(run: Run) -> None:
     lm = None
     for level, plan in run.preset.imagined.items():
         folder = run.out/"imagined"/level
+        claim(folder, dict(model=_weights_of(run)), "imagined rollouts", "imagined_by.json")
         if not whole(_imagined_level, folder):
             lm = lm or grounded_lm(run)
             _imagine_level(run, lm, level, plan, folder)
         run.say(f"  {level}: " + _summary(load_json(folder/"quality.json")))
+
+
+def _weights_of(run: Run) -> str:
+    "Which model imagines: a hash of its checkpoint."
+    shipped = (run.out/"grounded"/"shipped.json").exists()
+    folder = SHIPPED/run.domain.name if shipped else run.out/"grounded"
+    return sha256(need(folder/"model.safetensors", "ground"))[:24]
 
 
 def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:

@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kalm.core.files import load_json, save_json
 from kalm.core.results import read_results
+from kalm.core.rollouts import Rollouts
 from kalm.run.command import main
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -110,3 +112,62 @@ def test_one_changed_value_in_a_finished_run_is_noticed(run, finished):
     assert main([*ARGS, str(run)]) == 0
     for name in changed:
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+CHANGED = ["config", "method", "level", "kind", "seed", "episodes", "successes", "rate", "high"]
+
+
+@pytest.mark.parametrize("column", CHANGED)
+def test_a_changed_result_is_refused_by_its_line(column, run, capsys):
+    path = run / "results.csv"
+    lines = path.read_text().splitlines()
+    place = lines[0].split(",").index(column)
+    cells = lines[3].split(",")
+    cells[place] = "7" if column != "method" else "bd"
+    path.write_text("\n".join([*lines[:3], ",".join(cells), *lines[4:]]) + "\n")
+    assert main([*ARGS, str(run)]) == 1
+    assert f"{path} line 4" in capsys.readouterr().err
+
+
+def test_results_go_with_the_policies_they_are_about(run, finished):
+    "Policies that are trained anew are evaluated anew, whatever results.csv says of older ones."
+    for home in (run / "policies").iterdir():
+        shutil.rmtree(home)
+    path, old = run / "results.csv", rows(run)
+    lines = path.read_text().replace(",cql,offline,", ",bc+kalm,offline,").splitlines()
+    path.write_text("\n".join(dict.fromkeys(lines)) + "\n")   # what other policies might have done
+    assert main(["train", *ARGS[1:], str(run)]) == 0
+    assert {r["method"] for r in read_results(path)} <= {"random", "expert"}
+    assert main(["evaluate", *ARGS[1:], str(run)]) == 0
+    assert rows(run) == old
+
+
+def other_rollouts(path: Path) -> None:
+    made = Rollouts.load(path)
+    made[np.arange(len(made))[::-1]].save(path)
+
+
+@pytest.mark.parametrize(
+    "name, stage, says",
+    [("data", "ground", "grounded holds a model"), ("data", "train", "policies/bc holds policies"),
+     ("imagined/rephrase", "train", "policies/bc+kalm-rephrase holds policies")],
+)
+def test_what_was_made_of_other_data_is_not_passed_off_as_made_of_these(name, stage, says, run, capsys):
+    other_rollouts(run / name / "rollouts.npz")
+    assert main([stage, *ARGS[1:], str(run)]) == 1
+    assert f"{run}/{says} with other settings ({name}" in capsys.readouterr().err
+
+
+def test_rollouts_of_another_model_are_not_passed_off_as_this_ones(run, capsys):
+    "As when kalm ships another checkpoint than it did when the run began."
+    save_json(run / "imagined" / "rephrase" / "imagined_by.json", dict(model="another"))
+    assert main(["imagine", *ARGS[1:], str(run)]) == 1
+    assert 'model was "another"' in capsys.readouterr().err
+
+
+def test_a_run_keeps_to_the_sentences_that_it_began_with(run, capsys):
+    "As when kalm brings other sentences than it did when the run began."
+    about = load_json(run / "sentences.json")
+    save_json(run / "sentences.json", dict(sentences=about["sentences"] | dict(rephrase="others")))
+    assert main(["evaluate", *ARGS[1:], str(run)]) == 1
+    assert 'sentences.rephrase was "others"' in capsys.readouterr().err
