@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .goals import COLOURS, COMPASS, COMPASS_VECTORS, SIDES, balls, in_sector, move, success_rows
+from .scenes import scene
 from ..core.domain import Words
 from ..core.goals import Goal
 from ..core.rollouts import Rollouts
@@ -203,6 +204,10 @@ class ClevrWords(Words):
     def agree(self, meaning: str, said: str) -> bool:
         "Whether `said` says the same about balls and sides as `meaning`."
         return agree(meaning, said)
+
+    def scene(self, rng: np.random.Generator) -> tuple[str, str]:
+        "A text that says where one thing is from another, see `kalm.clevr.scenes`."
+        return scene(rng)
 
     def checked_by(self, goal: Goal) -> str:
         """`caption` for a single push of a ball that is named, `explanation` for a move that names two and a side.

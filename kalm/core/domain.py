@@ -212,6 +212,10 @@ class Words:
         "Whether `said` (a meaning or a caption) says the same as `meaning`."
         return bool(said.split()) and meaning.split() == said.split()
 
+    def scene(self, rng: np.random.Generator) -> tuple[str, str]:
+        "A text in general language that orders nothing, and the meaning of what it says; empty: there are none."
+        return "", ""
+
     def checked_by(self, goal: Goal) -> str:
         "How a rollout for this goal is checked in words: by the `caption` of its last step, its `explanation`, or ``."
         return "explanation" if self.meaning(goal) else ""

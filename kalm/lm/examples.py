@@ -28,6 +28,7 @@ from kalm.lm.tasks import (
     Generate,
     Material,
     Question,
+    Scene,
     Text,
     ordinary_text,
     passages,
@@ -129,12 +130,12 @@ class Planned(NamedTuple):
     Parameters
     ----------
     task
-        0 to 6 in TASKS, 7: composed sentences
+        0 to 6 in TASKS, 7: composed sentences, 8: scenes
     rows
-        (branches, 2) rollout and first step; of text the passage, of composed sentences their stream
+        (branches, 2) rollout and first step; of text the passage, of the last two their stream
     """
-    task: int         # 0 to 6 in TASKS, 7: composed sentences
-    rows: np.ndarray  # (branches, 2) rollout and first step; of text the passage, of composed sentences their stream
+    task: int         # 0 to 6 in TASKS, 7: composed sentences, 8: scenes
+    rows: np.ndarray  # (branches, 2) rollout and first step; of text the passage, of the last two their stream
 
 
 class Examples:
@@ -152,8 +153,8 @@ class Examples:
         self.vocabulary = lm.backbone.get_output_embeddings().weight.shape[0]
         writer = Writer(lm)
         self.material = Material(writer, rollouts, words, config, self._passages(writer, corpus))
-        self.tasks = [task(self.material) for task in (*_TASKS, Compose)]
-        self.shares = [getattr(config.task_weights, name) for name in TASKS] + [config.compose]
+        self.tasks = [task(self.material) for task in (*_TASKS, Compose, Scene)]
+        self.shares = [getattr(config.task_weights, name) for name in TASKS] + [config.compose, config.scenes]
         self._leave_out_what_is_missing()
         self._epoch: tuple[int, list | None] = (-1, None)
 

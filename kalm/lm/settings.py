@@ -61,6 +61,8 @@ class GroundConfig:
         explanations begin with the goal's key words, and goals are asked for theirs
     compose
         sentences made of two or three goals a rollout and epoch, asked for their meanings
+    scenes
+        texts in general language a rollout and epoch, asked for their meanings
     branches
         rollouts behind one prompt, questions about one state
     max_length
@@ -107,6 +109,7 @@ class GroundConfig:
     task_weights: TaskWeights = TaskWeights()
     meanings: bool = True          # explanations begin with the goal's key words, and goals are asked for theirs
     compose: float = 0.            # sentences made of two or three goals a rollout and epoch, asked for their meanings
+    scenes: float = 0.             # texts in general language a rollout and epoch, asked for their meanings
     branches: int = 8              # rollouts behind one prompt, questions about one state
     max_length: int = 0            # longest rollout that tasks about goals use, 0 any: long ones are mostly erratic
     # the loss

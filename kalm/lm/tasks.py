@@ -16,7 +16,7 @@ from .settings import GroundConfig
 
 # %% auto #0
 __all__ = ['Material', 'Task', 'Generate', 'ask_meaning', 'Dynamics', 'Consequence', 'Explain', 'Caption', 'Question',
-           'ask_questions', 'Text', 'ordinary_text', 'passages', 'compose', 'Compose']
+           'ask_questions', 'Text', 'ordinary_text', 'passages', 'compose', 'Compose', 'Scene']
 
 # %% ../../nbs/lm/43_tasks.ipynb #600c0357
 class Material:
@@ -411,3 +411,22 @@ class Compose(Task):
 
 def _beginning(text: str) -> str:
     return " ".join(text.split()[:2])
+
+# %% ../../nbs/lm/43_tasks.ipynb #8ef98cf1
+class Scene(Task):
+    "Rows name a random stream, not a rollout: a text that the domain makes of it, and what it means."
+    name = "scene"
+
+    def missing(self):
+        return "" if _says(self.material.words, "scene") else "the domain has no scenes"
+
+    def draw(self, rng, n):
+        return [np.array([[k, 0]]) for k in rng.integers(0, 2**31, n)]
+
+    def write(self, rows):
+        text, meaning = self.material.words.scene(numpy_rng(self.material.config.seed, "scene", int(rows[0, 0])))
+        return ask_meaning(self.writer, Sequence().say(self.writer.start("generate", text)), meaning,
+                           self.material.config.keyword_weight)
+
+    def length(self, rows):
+        return len(self.write(rows))

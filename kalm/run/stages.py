@@ -71,7 +71,7 @@ def real_rollouts(run: Run) -> Rollouts:
 def cloning_only(config: GroundConfig) -> GroundConfig:
     "Grounding settings for `lm-bc`: rollouts behind their sentence, every action imitated alike; at most 300 steps."
     none = TaskWeights(generate=1., dynamics=0., explain=0., consequence=0., caption=0., question=0., text=0.)
-    return replace(config, task_weights=none, meanings=False, compose=0., branches=1, unrewarded_weight=1.,
+    return replace(config, task_weights=none, meanings=False, compose=0., scenes=0., branches=1, unrewarded_weight=1.,
                    keyword_weight=1., steps=min(config.steps, 300))
 
 

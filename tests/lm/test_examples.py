@@ -35,7 +35,7 @@ from kalm.lm.tasks import compose, ordinary_text, passages
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE, CAPTION, QUESTION, READ, COMPOSE = range(8)
+GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE, CAPTION, QUESTION, READ, COMPOSE, SCENE = range(9)
 EQUAL = TaskWeights(**{name: 1.0 for name in TASKS})
 CONFIG = GroundConfig(
     backbone="tiny-random",
@@ -248,6 +248,21 @@ def test_the_models_first_tokens_lead_every_sequence(domain):
         assert len(q) == led.tasks[p.task].length(p.rows)
 
 
+def test_scenes_are_asked_for_their_meanings(domain):
+    class Telling(LineWords):
+        def scene(self, rng):
+            side = ("left", "right")[rng.integers(2)]
+            return f"Thing {rng.integers(1000)} is on the {side}.", side
+
+    ex = examples(domain, words=Telling(), scenes=0.5)
+    planned = [p for batch in ex.plan(0) for p in batch if p.task == SCENE]
+    assert len(planned) == 12
+    for p in planned:
+        text, meaning = read(ex, ex.write(p)), said(ex, ex.write(p))[0].removesuffix("</s>").strip()
+        assert f"on the {meaning}" in text and len(ex.write(p)) == ex.tasks[SCENE].length(p.rows)
+    assert len({read(ex, ex.write(p)) for p in planned}) > 6
+
+
 # ---------------------------------------------------------------- prompts, words and text
 
 
@@ -290,9 +305,9 @@ def test_braces_in_a_sentence_are_just_braces(domain):
 @pytest.mark.parametrize("words", [None, Words()], ids=["none", "empty"])
 def test_without_words_their_tasks_weigh_nothing_and_the_log_says_so(words, domain, caplog):
     with caplog.at_level(logging.WARNING):
-        ex = examples(domain, words=words, compose=0.5)
+        ex = examples(domain, words=words, compose=0.5, scenes=0.5)
     missing = [record.message for record in caplog.records]
-    assert [m.split(":")[0].split()[-1] for m in missing] == ["caption", "question", "compose"]
+    assert [m.split(":")[0].split()[-1] for m in missing] == ["caption", "question", "compose", "scene"]
     tasks = {p.task for batch in ex.plan(0) for p in batch}
     assert tasks == {GENERATE, DYNAMICS, EXPLAIN, CONSEQUENCE, READ}
     assert not any(MEANING in read(ex, ex.write(p)) for batch in ex.plan(0) for p in batch)

@@ -108,6 +108,7 @@ def lively(domain, rollouts) -> KalmLM:
         (dict(keyword_weight=-1.0), "keyword_weight"),
         (dict(negatives=-1), "negatives"),
         (dict(compose=-0.1), "compose"),
+        (dict(scenes=-0.1), "scenes"),
         (dict(max_length=-1), "max_length"),
         (dict(weight_decay=math.nan), "weight_decay"),
         (dict(seed=-1), "seed -1"),
