@@ -26,3 +26,12 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(session_c
 def test_damaged_files_are_made_again_or_named(session_cache, tmp_path):
     rows = attacked(session_cache, tmp_path/"a.json", "damage", "--damages", "4", "--seed", "1")
     assert len(rows) == 4 and {row["outcome"] for row in rows} <= {"same", "refused"}, rows
+
+
+def test_the_long_form_found_nothing():
+    "What results/attacks.json says, so that README and notes say no other."
+    found = json.loads((ROOT/"results"/"attacks.json").read_text())
+    assert sum(row["kills"] for row in found["kills"]) >= 200
+    assert all(row["different"] == [] and row["orphans"] == 0 for row in found["kills"])
+    assert len(found["damage"]) >= 300
+    assert {row["outcome"] for row in found["damage"]} <= {"same", "refused"}
