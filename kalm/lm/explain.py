@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from fastcore.basics import patch
 import torch
 
 from ..core.domain import Domain, Words
-from ..core.files import sha256
 from ..core.settings import real_number, whole_number
 from ..core.rollouts import Rollouts
 from kalm.lm.decode import (
@@ -29,12 +27,12 @@ from kalm.lm.decode import (
     text_elements,
 )
 from .sequences import ARROW, MEANING, Writer
-from .model import SHIPPED, STATE, TEXT, KalmLM
+from .model import STATE, TEXT, KalmLM
 
 # %% auto #0
 __all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'NOT_JUDGED', 'CONTRADICTS', 'AGREES', 'Answer', 'Speaking', 'story', 'explain',
-           'caption', 'Meaning', 'meaning_prompt', 'meaning', 'check_words', 'calibrate', 'round_trip', 'FilterScores',
-           'GoalEncoder']
+           'caption', 'Meaning', 'check_texts', 'meaning_prompt', 'meaning', 'check_words', 'calibrate', 'round_trip',
+           'FilterScores']
 
 # %% ../../nbs/lm/70_explain.ipynb #83ac7887
 class Answer(NamedTuple):
@@ -50,17 +48,21 @@ class Answer(NamedTuple):
 
 
 class Speaking:
-    """Answers under construction: greedy words after prompts, about states (B, S) where they are about one.
+    """Answers under construction: words after prompts, about states (B, S) where they are about one.
 
     Parameters
     ----------
     until
         tokens that end an answer as the end of its sentence does
+    draws
+        one a prompt; without them the likeliest words
     """
     def __init__(self, lm: KalmLM, prompts: Sequence[list[Element]], states: np.ndarray | None = None,
                  max_tokens: int = 32,
-                 until: Sequence[int] = ()):  # tokens that end an answer as the end of its sentence does
+                 until: Sequence[int] = (),   # tokens that end an answer as the end of its sentence does
+                 draws: Sequence[np.random.Generator] | None = None):  # one a prompt; without them the likeliest words
         self.lm, self.prompts, self.states, self.max_tokens, self.until = lm, prompts, states, max_tokens, list(until)
+        self.draws = draws
         self.said: list[list[int]] = [[] for _ in prompts]
         self.log_p: list[list[float]] = [[] for _ in prompts]
         self.end = lm.tokenizer.eos_token_id
@@ -92,11 +94,16 @@ def say(self: Speaking, rows: np.ndarray, h: torch.Tensor) -> np.ndarray: # (n,)
         (n,) tokens
     """
     about = None if self.states is None else torch.as_tensor(self.states[rows], device=self.lm.device)
-    log_p, tokens = self.lm.text_logits(h.to(self.lm.backbone.dtype), about).float().log_softmax(-1).max(-1)
-    for row, token, p in zip(rows, tokens.tolist(), log_p.tolist()):
+    log_p = self.lm.text_logits(h.to(self.lm.backbone.dtype), about).float().log_softmax(-1).cpu()
+    scores = log_p
+    if self.draws is not None:   # the largest of logits with Gumbel noise is a draw from their distribution
+        noise = np.stack([self.draws[row].gumbel(size=log_p.shape[1]) for row in rows])
+        scores = log_p + torch.from_numpy(noise)
+    tokens = scores.argmax(-1)
+    for row, token, p in zip(rows, tokens.tolist(), log_p.gather(-1, tokens[:, None])[:, 0].tolist()):
         self.said[row].append(token)
         self.log_p[row].append(p)
-    return tokens.cpu().numpy()
+    return tokens.numpy()
 
 
 @patch
@@ -174,6 +181,15 @@ class Meaning(NamedTuple):
     sure: float  # geometric mean probability of the key words, 0 to 1
 
 
+def check_texts(texts: Sequence[str]) -> list[str]:
+    "`texts` as a list; `ValueError` for a single string or a blank sentence."
+    if isinstance(texts, str):
+        raise ValueError("expected a list of sentences: give [text]")
+    if not all(text.strip() for text in texts):
+        raise ValueError("a sentence is blank: a language model needs words")
+    return list(texts)
+
+
 def meaning_prompt(writer: Writer, text: str) -> list[Element]:
     "A goal, and the question what it means."
     return text_elements([*writer.start("generate", text), *writer.ids(MEANING)])
@@ -191,12 +207,8 @@ def meaning(lm: KalmLM, texts: Sequence[str],
     """
     real_number("threshold", threshold, 0, 1)
     whole_number("max_tokens", max_tokens, 1)
-    if isinstance(texts, str):
-        raise ValueError("meaning takes a list of sentences: give [text]")
-    if not all(text.strip() for text in texts):
-        raise ValueError("a sentence is blank: a language model needs words")
     writer = Writer(lm)
-    work = Speaking(lm, [meaning_prompt(writer, t) for t in texts], max_tokens=max_tokens)
+    work = Speaking(lm, [meaning_prompt(writer, t) for t in check_texts(texts)], max_tokens=max_tokens)
     said = work.run(batch_size, cached)
     return [Meaning(a.text if a.sure >= threshold else NOT_UNDERSTOOD, a.sure) for a in said]
 
@@ -304,56 +316,3 @@ class FilterScores:
 
 def _share(x: np.ndarray) -> float:
     return float(x.mean()) if len(x) else math.nan
-
-# %% ../../nbs/lm/70_explain.ipynb #caca384d
-class GoalEncoder:
-    """The grounded model's reading of sentences as vectors; an encoder for policies, as `SentenceEncoder` of `rl` is.
-
-    Parameters
-    ----------
-    folder
-        of the model's checkpoint; empty: the one that ships for its domain
-    """
-    def __init__(self, lm: KalmLM,
-                 folder: str | Path = "",  # of the model's checkpoint; empty: the one that ships for its domain
-                 batch_size: int = 64):
-        self.lm, self.folder, self.batch_size = lm, str(folder), batch_size
-        self.known: dict[str, np.ndarray] = {}
-
-    @classmethod
-    def from_spec(cls, spec: dict) -> GoalEncoder:
-        "The encoder that `spec()` described; `ValueError` or `FileNotFoundError` if its model is not to be found."
-        if spec.get("type") != "grounded":
-            raise ValueError(f"an encoder of type {spec.get('type')!r}: expected 'grounded'")
-        folder = spec.get("folder", "")
-        encoder = cls(KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(spec["domain"]), folder)
-        if spec.get("weights", encoder.spec()["weights"]) != encoder.spec()["weights"]:   # older specs have none
-            raise ValueError(f"the grounded model in {folder or 'kalm'} is not the one that this policy learned with: "
-                             "it was grounded again since")
-        return encoder
-
-    def spec(self) -> dict:
-        "As JSON: which model reads, and a hash of its checkpoint."
-        path = (Path(self.folder) if self.folder else SHIPPED/self.lm.domain)/"model.safetensors"
-        return dict(type="grounded", folder=self.folder, domain=self.lm.domain,
-                    weights=sha256(path)[:24] if path.exists() else "")
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> np.ndarray: # (N, D) float32, unit length
-        """The hidden vector after each goal and the question what it means.
-
-        Returns
-        -------
-        np.ndarray
-            (N, D) float32, unit length
-        """
-        writer = Writer(self.lm)
-        new = sorted({*texts} - self.known.keys(), key=lambda t: (len(t), t))
-        with self.lm.merged():
-            for k in range(0, len(new), self.batch_size):
-                part = new[k:k + self.batch_size]
-                decoder = UncachedDecoder(self.lm, len(part))
-                h = decoder.read(np.arange(len(part)), [meaning_prompt(writer, t) for t in part]).float()
-                self.known |= zip(part, torch.nn.functional.normalize(h, dim=-1).cpu().numpy())
-        width = self.lm.state_embed.linear.out_features
-        return np.stack([self.known[t] for t in texts]) if len(texts) else np.zeros((0, width), np.float32)

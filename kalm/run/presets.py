@@ -20,8 +20,9 @@ from ..rl.cql import CQL
 from ..rl.td3bc import TD3BC
 
 # %% auto #0
-__all__ = ['CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset',
-           'ours', 'clevr_levels', 'novel_levels', 'algorithms_for', 'generic', 'presets_for', 'check_preset', 'preset']
+__all__ = ['GOALS', 'CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'PRESETS', 'Training', 'Imagined', 'Mixing',
+           'Preset', 'ours', 'clevr_levels', 'novel_levels', 'algorithms_for', 'generic', 'presets_for', 'check_preset',
+           'preset']
 
 # %% ../../nbs/run/10_presets.ipynb #745a67dd
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Imagined:
         check_numbers(self, dict(rollouts=1))
 
 # %% ../../nbs/run/10_presets.ipynb #da2cc109
+GOALS = ("sentence", "meaning", "doubt", "both")
+
+
 @dataclass(frozen=True)
 class Mixing:
     """How real and imagined rollouts become one replay.
@@ -75,15 +79,20 @@ class Mixing:
         of sentence encodings, see `kalm.rl.encoder.Whitening`
     policy_per_level
         train one policy for each novel level, as the paper does, or one for all
+    goals
+        what policies are told of a goal, one of GOALS
     """
     last_steps: int = 0             # last steps kept of each real rollout; 0 keeps all
     augment: int = 0                # copies of these by the domain's symmetries; 0 makes none
     imagined_fraction: float = .5   # of a batch, where anything is imagined
     whitening: float = 0.           # of sentence encodings, see `kalm.rl.encoder.Whitening`
     policy_per_level: bool = False  # train one policy for each novel level, as the paper does, or one for all
+    goals: str = "sentence"         # what policies are told of a goal, one of GOALS
 
     def __post_init__(self):
         check_numbers(self, most=dict(imagined_fraction=1))
+        if self.goals not in GOALS:
+            raise ValueError(f"goals {self.goals!r}: expected one of {', '.join(GOALS)}")
 
 # %% ../../nbs/run/10_presets.ipynb #c542da13
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from worlds import LineWords, line
 
 import kalm.lm.explain as explain_module
 from kalm.core.domain import Words
-from kalm.core.files import sha256
 from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
-from kalm.lm.decode import CachedDecoder
 from kalm.lm.explain import (
     AGREES,
     CONTRADICTS,
@@ -19,7 +17,6 @@ from kalm.lm.explain import (
     NOT_UNDERSTOOD,
     Answer,
     FilterScores,
-    GoalEncoder,
     Meaning,
     caption,
     explain,
@@ -29,7 +26,7 @@ from kalm.lm.explain import (
     story,
 )
 from kalm.lm.model import ACTION, STATE, TEXT, KalmLM
-from kalm.lm.sequences import MEANING, Sequence, Writer
+from kalm.lm.sequences import Sequence, Writer
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -362,41 +359,3 @@ def test_filter_scores_by_hand():
     none = FilterScores.of(~keep & keep, good)
     assert (none.kept, none.recall, none.base) == (0, 0, 0.5) and np.isnan(none.precision)
     assert np.isnan(FilterScores.of(keep, good & ~good).recall) and np.isnan(FilterScores.of(keep[:0], good[:0]).base)
-
-
-# ---------------------------------------------------------------- goals as vectors
-
-
-def test_goals_as_vectors_are_what_is_held_in_mind(lively):
-    texts = ["Walk to the right end.", "Please go left.", "Over there!"]
-    writer, encoder = Writer(lively), GoalEncoder(lively, batch_size=2)
-    got = encoder.encode(texts + texts[:1])
-    for text, v in zip(texts, got):
-        ids = torch.tensor([writer.start("generate", text) + writer.ids(MEANING)])
-        with torch.no_grad():
-            h = lively(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 2))[0, -1]
-        np.testing.assert_allclose(v, h / h.norm(), atol=1e-4)
-    assert got.dtype == np.float32 and np.array_equal(got[0], got[-1]) and len(encoder.known) == 3
-    assert np.array_equal(encoder.encode(texts[1:2])[0], got[1]) and encoder.encode([]).shape == (0, got.shape[1])
-
-
-def test_a_goal_encoder_is_found_again(lively, tmp_path):
-    lively.save_pretrained(tmp_path, dtype=None)
-    encoder = GoalEncoder(lively, tmp_path)
-    spec = encoder.spec()
-    assert spec.pop("weights") == sha256(tmp_path/"model.safetensors")[:24]
-    assert spec == dict(type="grounded", folder=str(tmp_path), domain="line")
-    np.testing.assert_allclose(GoalEncoder.from_spec(spec).encode(["Go."]), encoder.encode(["Go."]), atol=1e-5)
-    with pytest.raises(ValueError, match="type 'sentence'"):
-        GoalEncoder.from_spec(dict(type="sentence"))
-    with pytest.raises(FileNotFoundError, match="no shipped checkpoint for domain 'line'"):
-        GoalEncoder.from_spec(GoalEncoder(lively).spec())
-    with pytest.raises(ValueError, match="is not the one that this policy learned with"):
-        GoalEncoder.from_spec(encoder.spec() | dict(weights="others"))   # grounded again in the same folder
-
-
-def test_vectors_are_the_cached_decoder_s_too(lively):
-    writer = Writer(lively)
-    with torch.no_grad():
-        h = CachedDecoder(lively, 1).read(np.array([0]), [meaning_prompt(writer, "Go.")])[0]
-    np.testing.assert_allclose(GoalEncoder(lively).encode(["Go."])[0], h / h.norm(), atol=1e-4)

@@ -14,12 +14,13 @@ import pytest
 from kalm.core.domain import domain
 from kalm.core.goals import Goal
 from kalm.core.rollouts import IMAGINED, Rollouts
-from kalm.lm.explain import GoalEncoder, caption, explain, meaning, round_trip
+from kalm.lm.explain import caption, explain, meaning, round_trip
 from kalm.lm.generate import Imagination, generate
 from kalm.lm.imagine import imagine_filtered
 from kalm.lm.model import KalmLM
 from kalm.lm.parts import imagine_by_parts, parts_of
 from kalm.lm.quality import perplexity, repair_unreal, replays
+from kalm.lm.reading import GoalEncoder
 
 NET = Path(__file__).parents[1] / "net"
 STOPS = dict(goal="success", done="done", limit="limit")  # what they are called now

@@ -8,7 +8,7 @@ import torch
 
 import kalm.rl.encoder as module
 from kalm.core.files import numpy_rng
-from kalm.rl.encoder import GivenEncodings, SentenceEncoder, Whitening, check_encoder, encoder_from_spec
+from kalm.rl.encoder import GivenEncodings, Retold, SentenceEncoder, Whitening, check_encoder, encoder_from_spec
 
 SENTENCES = ["push the red ball left", "push", "the blue ball and the red ball right please"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] push the red blue ball left and right please"
@@ -227,3 +227,27 @@ def test_a_sentence_is_not_cut_without_a_word(bert, tmp_path):
 def test_a_cache_that_cannot_be_written_stops_nothing(bert, tmp_path):
     (tmp_path / "cache").write_text("")  # a file where a folder is wanted
     assert SentenceEncoder(bert, cache=tmp_path / "cache").encode(["red"]).shape == (1, 16)
+
+
+class Reader:
+    def __init__(self, weights: str = "a"):
+        self.weights = weights
+
+    def read(self, texts):
+        return [{"go left": 0.75, "go right": 0.25} if "?" in text else {text.lower(): 1.0} for text in texts]
+
+    def spec(self):
+        return dict(weights=self.weights)
+
+
+def test_what_was_retold_is_found_again_by_who_read_and_what_encodes():
+    given = GivenEncodings({"go left": [1.0, 2.0], "go right": [3.0, -2.0], "Go left": [7.0, 7.0], "Go?": [5.0, 5.0]})
+    retold = Retold(Reader(), given)
+    np.testing.assert_allclose(retold.encode(["Go left", "Go?"]), [[1, 2], [1.5, 1]])
+    np.testing.assert_allclose(Retold(Reader(), given, both=True).encode(["Go?"]), [[5, 5, 1.5, 1]])
+    check_encoder(Retold(Reader(), given), retold.spec())
+    for other in (Retold(Reader("b"), given), Retold(Reader(), given, both=True), Retold(Reader(), SentenceEncoder())):
+        with pytest.raises(ValueError, match="does not fit"):
+            check_encoder(other, retold.spec())
+    with pytest.raises(ValueError, match="use kalm.load_policy"):
+        encoder_from_spec(retold.spec())
