@@ -13,7 +13,7 @@ import numpy as np
 from ..core.files import atomic_write, read_csv
 from ..core.results import METHODS, read_results
 from ..core.rollouts import Rollouts
-from .plots import curves, results_table, save_figure, success_bars, success_curves
+from .plots import curves, kinds_in, kinds_table, results_table, save_figure, success_bars, success_curves
 from .strips import compare_strip, film_strip
 
 if TYPE_CHECKING:   # drawing needs no language model, which a run imports
@@ -99,6 +99,9 @@ def figures_stage(run: Run) -> None:
     for name, figure in _drawings(run, rows, levels):
         if figure is not None:
             save_figure(figure, folder/f"{name}.png")
+    kinds = [level for level in levels if kinds_in(rows, level)]
+    written, shown = ([results_table(rows, levels, plain=plain), *(kinds_table(rows, level, plain) for level in kinds)]
+                      for plain in (False, True))
     with atomic_write(folder/"table.md") as tmp:
-        tmp.write_text(results_table(rows, levels) + "\n", encoding="utf-8")
-    run.say("\n" + results_table(rows, levels, plain=True) + f"\n\n  figures and table.md in {folder}")
+        tmp.write_text("\n\n".join(written) + "\n", encoding="utf-8")
+    run.say("\n" + "\n\n".join(shown) + f"\n\n  figures and table.md in {folder}")

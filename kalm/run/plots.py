@@ -21,8 +21,8 @@ from ..core.results import METHODS, Cell, markdown_table, pooled, wilson
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'GOOD', 'BAD', 'STYLE', 'PUBLISHED', 'AXIS', 'MEASURES', 'colours', 'style', 'save_figure',
-           'published_for', 'methods_in', 'levels_in', 'results_table', 'success_bars', 'curves', 'by_checkpoint',
-           'success_curves', 'quality_bars', 'length_histogram']
+           'published_for', 'methods_in', 'levels_in', 'results_table', 'kinds_in', 'kinds_table', 'success_bars',
+           'curves', 'by_checkpoint', 'success_curves', 'quality_bars', 'length_histogram']
 
 # %% ../../nbs/run/50_plots.ipynb #f6fac87c
 METHOD_COLOURS = {
@@ -186,6 +186,39 @@ def results_table(rows: Sequence[dict],                # of results.csv, from on
     note = f"Success in the real environment, % (95 % interval){source}. A cell rests on: {evidence}."
     head = ["method", *levels]
     return _plain_table(body, head, note) if plain else f"{markdown_table(body, head)}\n\n{note}"
+
+# %% ../../nbs/run/50_plots.ipynb #183cf8e5
+def kinds_in(rows: Sequence[dict], level: str) -> list[str]:
+    "The kinds of sentences that a level's rows tell apart, in the order of first mention."
+    return list(dict.fromkeys(r["kind"] for r in rows if r["level"] == level and r.get("kind")))
+
+
+def kinds_table(rows: Sequence[dict], level: str,  # of results.csv, from one run
+                plain: bool = False                # for a terminal instead of Markdown
+               ) -> str:
+    """Success in % with 95 % intervals on each kind of sentence of a level; methods down, kinds across.
+
+    Parameters
+    ----------
+    level
+        of results.csv, from one run
+    plain
+        for a terminal instead of Markdown
+    """
+    kinds, methods = kinds_in(rows, level), methods_in(rows)
+    if not kinds:
+        raise ValueError(f"no rows of kinds of level {level!r}: its sentences are of one kind, or were not told apart")
+    found = {m: [pooled(rows, m, level, kind) for kind in kinds] for m in methods}
+    body = [[m, *map(_short_cell, cells)] for m, cells in found.items() if any(cells)]
+    n = {round(c.episodes / len(c.seeds)) for cells in found.values() for c in cells if c}
+    spread = f"{min(n):,}" + (f" to {max(n):,}" if len(n) > 1 else "")
+    note = f"Kinds of *{level}*, % (95 % interval); {spread} episodes a seed and kind."
+    head = [level, *kinds]
+    return _plain_table(body, head, note) if plain else f"{markdown_table(body, head)}\n\n{note}"
+
+
+def _short_cell(cell: Cell | None) -> str:
+    return "-" if cell is None else f"{100 * cell.rate:.0f} ({100 * cell.low:.0f} to {100 * cell.high:.0f})"
 
 # %% ../../nbs/run/50_plots.ipynb #2a1e8ce8
 def _bar(ax, x: float, width: float, cell: Cell, colour: str) -> None:

@@ -77,6 +77,20 @@ def test_rows_of_one_kind_of_sentence_are_left_out():
         plots.results_table(kinds)
 
 
+def test_kinds_have_a_table_of_their_own():
+    kinds = [row("cql", "hard", seed, 20 * (1 + seed), kind="two") for seed in range(2)]
+    kinds += [row("cql", "hard", 0, 7, kind="line up"), row("bc", "hard", 0, 0, kind="line up")]
+    lines = plots.kinds_table(ROWS + kinds, "hard").splitlines()
+    assert lines[0] == "| hard | two | line up |" and [line.split(" | ")[0] for line in lines[2:4]] == ["| bc", "| cql"]
+    assert lines[2].split(" | ")[1] == "-" and lines[2].split(" | ")[2].startswith("0 (0 to ")
+    n = int(kinds[0]["episodes"])
+    assert lines[3].split(" | ")[1].startswith(f"{100 * 30 / n:.0f} (")
+    assert plots.kinds_in(ROWS + kinds, "hard") == ["two", "line up"] and plots.kinds_in(ROWS, "hard") == []
+    with pytest.raises(ValueError, match="of one kind"):
+        plots.kinds_table(ROWS, "hard")
+    assert "\n" in plots.kinds_table(kinds, "hard", plain=True)
+
+
 def test_rows_of_two_runs_or_two_domains_are_not_mixed():
     rows = [row("bc", "hard", 0, 1, config="aaa"), row("bc", "hard", 0, 9, config="bbb")]
     with pytest.raises(ValueError, match="2 runs.*aaa.*bbb"):
