@@ -22,7 +22,7 @@ from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
 from kalm.run.folder import Run, commit, need
 from kalm.run.policies import Job, datasets, evaluate_policy, jobs, rows_of, train_job
-from kalm.run.presets import OURS, Mixing, Training, preset
+from kalm.run.presets import GOALS, OURS, Mixing, Training, preset
 from kalm.run.workers import in_processes
 
 OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
@@ -59,7 +59,7 @@ class Variant:
     def alone(self) -> bool:
         "Whether policies without imagined rollouts can differ from those of `base`."
         def real(m: Mixing) -> tuple:
-            return m.last_steps, m.augment, m.whitening
+            return m.last_steps, m.augment, m.whitening, m.goals
         return self == Variant() or (self.algorithm, real(self.mixing), self.times) != (OUR_BC, real(OURS), 1.)
 
 
@@ -73,7 +73,9 @@ VARIANTS = dict(
     greedy=Variant(replace(OUR_BC, temperature=0.)), cql_greedy=Variant(replace(OUR_CQL, temperature=0.)),
     beta=Variant(BC(beta=.5, temperature=.2)),
     within_1=mixed(last_steps=1), within_4=mixed(last_steps=4), within_all=mixed(last_steps=0),
-    no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.), apart=mixed(policy_per_level=True),
+    no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.),
+    **{f"told_{goals}": mixed(goals=goals) for goals in GOALS if goals != OURS.goals},
+    apart=mixed(policy_per_level=True),
     imagined_4=Variant(imagined=lambda r, level: r[r.success].last(4)),
     imagined_won=Variant(imagined=lambda r, level: r[r.success]),
     half=Variant(imagined=some(.5)), quarter=Variant(imagined=some(.25)),
@@ -88,7 +90,7 @@ def open_variant(base: Run, name: str, a: argparse.Namespace) -> Run:
     p = replace(base.preset, name=f"{base.preset.name}-{name}", mixing=v.mixing, seeds=a.seeds, episodes=a.episodes,
                 trainings=(Training(v.algorithm, round(a.steps * v.times)),), checkpoints=1, baselines=())
     run = Run(p, "clevr", a.out / name)
-    links = ["data"] if v.imagined else ["data", "imagined"]
+    links = ["data", "grounded"] if v.imagined else ["data", "grounded", "imagined"]
     for folder in links:
         if not (run.out / folder).exists():
             (run.out / folder).symlink_to((base.out / folder).resolve())

@@ -20,7 +20,7 @@ from .model import SHIPPED, KalmLM
 from .sequences import Writer
 
 # %% auto #0
-__all__ = ['drawn_meanings', 'Reader', 'weights_of', 'keep_meanings', 'GoalEncoder']
+__all__ = ['drawn_meanings', 'Reader', 'find_checkpoint', 'weights_of', 'keep_meanings', 'GoalEncoder']
 
 # %% ../../nbs/lm/72_reading.ipynb #d6697211
 def drawn_meanings(lm: KalmLM, texts: Sequence[str],
@@ -85,13 +85,7 @@ class Reader:
         folders
             where its model may lie, besides the shipped ones
         """
-        for folder in ("", *folders):
-            path = _checkpoint(folder, spec["domain"])
-            if path.exists() and sha256(path)[:24] == spec["weights"]:
-                return cls(spec["domain"], folder, spec["samples"], cache)
-        raise FileNotFoundError(f"the grounded model {spec['weights']} of domain {spec['domain']!r} is neither the one "
-                                f"that ships nor in {', '.join(map(str, folders)) or 'a folder given'}: moved, or "
-                                "grounded again since")
+        return cls(spec["domain"], find_checkpoint(spec["domain"], spec["weights"], folders), spec["samples"], cache)
 
     def spec(self) -> dict:
         "As JSON: which model reads, and how. Where its files lie does not matter."
@@ -119,8 +113,7 @@ class Reader:
         self._known = (self._known or {}) | meanings
 
     def _ask(self, texts: list[str]) -> list[dict[str, float]]:
-        if self._lm is None:
-            self._lm = KalmLM.from_pretrained(self.folder) if self.folder else KalmLM.grounded(self.domain)
+        self._lm = self._lm or _load(self.folder, self.domain)
         if self.samples:
             return drawn_meanings(self._lm, texts, self.samples)
         return [{said.words: 1.} for said in meaning(self._lm, texts)]
@@ -128,6 +121,20 @@ class Reader:
 
 def _checkpoint(folder: str | Path, domain: str) -> Path:
     return (Path(folder) if folder else SHIPPED/domain)/"model.safetensors"
+
+
+def _load(folder: str, domain: str) -> KalmLM:
+    return KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(domain)
+
+
+def find_checkpoint(domain: str, weights: str, folders: Iterable[str | Path]) -> str | Path:
+    "Which of the folders has the model of these weights, \"\" if it ships; `FileNotFoundError` if none has."
+    for folder in ("", *folders):
+        path = _checkpoint(folder, domain)
+        if path.exists() and sha256(path)[:24] == weights:
+            return folder
+    raise FileNotFoundError(f"the grounded model {weights} of domain {domain!r} is neither the one that ships nor in "
+                            f"{', '.join(map(str, folders)) or 'a folder given'}: moved, or grounded again since")
 
 
 def weights_of(folder: str | Path, domain: str) -> str:
@@ -162,49 +169,61 @@ class GoalEncoder:
 
     Parameters
     ----------
+    lm
+        loaded when a new sentence comes, if not given
     folder
-        of the model's checkpoint; empty: the one that ships for its domain
+        of its checkpoint; empty: the one that ships for its domain
+    domain
+        the model's, if it is not given
     """
-    def __init__(self, lm: KalmLM,
-                 folder: str | Path = "",  # of the model's checkpoint; empty: the one that ships for its domain
+    def __init__(self, lm: KalmLM | None = None,   # loaded when a new sentence comes, if not given
+                 folder: str | Path = "",          # of its checkpoint; empty: the one that ships for its domain
+                 domain: str = "",                 # the model's, if it is not given
                  batch_size: int = 64):
-        self.lm, self.folder, self.batch_size = lm, str(folder), batch_size
-        self.known: dict[str, np.ndarray] = {}
+        self._lm, self.folder, self.domain = lm, str(folder), lm.domain if lm is not None else domain
+        self.batch_size, self.known = batch_size, {}   # vectors by sentence
 
     @classmethod
-    def from_spec(cls, spec: dict) -> GoalEncoder:
-        "The encoder that `spec()` described; `ValueError` or `FileNotFoundError` if its model is not to be found."
+    def from_spec(cls, spec: dict,
+                  folders: Iterable[str | Path] = ()   # where its model may lie, besides the shipped ones
+                 ) -> GoalEncoder:
+        """The encoder that `spec()` described; `ValueError` or `FileNotFoundError` if its model is not to be found.
+
+        Parameters
+        ----------
+        folders
+            where its model may lie, besides the shipped ones
+        """
         if spec.get("type") != "grounded":
             raise ValueError(f"an encoder of type {spec.get('type')!r}: expected 'grounded'")
-        folder = spec.get("folder", "")
-        encoder = cls(KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(spec["domain"]), folder)
-        if spec.get("weights", encoder.spec()["weights"]) != encoder.spec()["weights"]:   # older specs have none
-            raise ValueError(f"the grounded model in {folder or 'kalm'} is not the one that this policy learned with: "
-                             "it was grounded again since")
-        return encoder
+        return cls(folder=find_checkpoint(spec["domain"], spec["weights"], folders), domain=spec["domain"])
 
     def spec(self) -> dict:
-        "As JSON: which model reads, and a hash of its checkpoint."
-        path = _checkpoint(self.folder, self.lm.domain)
-        return dict(type="grounded", folder=self.folder, domain=self.lm.domain,
-                    weights=sha256(path)[:24] if path.exists() else "")
+        "As JSON: which model reads. Where its files lie does not matter."
+        return dict(type="grounded", domain=self.domain, weights=weights_of(self.folder, self.domain))
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> np.ndarray: # (N, D) float32, unit length
-        """The hidden vector after each goal and the question what it means.
+        """The hidden vector after each goal and the question what it means. `ValueError` for blank sentences, or none.
 
         Returns
         -------
         np.ndarray
             (N, D) float32, unit length
         """
-        writer = Writer(self.lm)
+        if not check_texts(texts):
+            raise ValueError("no sentences to encode: expected at least one")
         new = sorted({*texts} - self.known.keys(), key=lambda t: (len(t), t))
-        with self.lm.merged():
-            for k in range(0, len(new), self.batch_size):
-                part = new[k:k + self.batch_size]
-                decoder = UncachedDecoder(self.lm, len(part))
+        if new:
+            self._lm = self._lm or _load(self.folder, self.domain)
+            self._read(new)
+        return np.stack([self.known[t] for t in texts])
+
+    @torch.no_grad()
+    def _read(self, texts: list[str]) -> None:
+        writer = Writer(self._lm)
+        with self._lm.merged():
+            for k in range(0, len(texts), self.batch_size):
+                part = texts[k:k + self.batch_size]
+                decoder = UncachedDecoder(self._lm, len(part))
                 h = decoder.read(np.arange(len(part)), [meaning_prompt(writer, t) for t in part]).float()
                 self.known |= zip(part, torch.nn.functional.normalize(h, dim=-1).cpu().numpy())
-        width = self.lm.state_embed.linear.out_features
-        return np.stack([self.known[t] for t in texts]) if len(texts) else np.zeros((0, width), np.float32)

@@ -316,13 +316,10 @@ def encoder_from_spec(spec: dict,                # what `spec()` gave
 def check_encoder(encoder: Encoder, spec: dict) -> None:
     """`ValueError` if `encoder` is surely not the one that `spec` describes.
 
-    Given encodings are taken on trust, unless both have names: others may hold more sentences, or another's encodings.
-    A grounded model may have moved: its weights count, not its folder."""
+    Given encodings are taken on trust, unless both have names: they may be another's, and hold more sentences."""
     mine = encoder.spec()
-    kind, decides = mine.get("type"), dict(grounded="weights", given="name").get(mine.get("type"))
-    differ = (kind in ("sentence", "retold") and mine != spec) or (decides in mine and decides in spec
-                                                       and mine[decides] != spec[decides])
-    if differ or kind not in ("given", spec.get("type")):
+    given = mine.get("type") == "given"
+    if (given and "name" in mine and mine["name"] != spec.get("name", mine["name"])) or (not given and mine != spec):
         raise ValueError(f"encoder {json.dumps(mine)} does not fit: the policy was trained with {json.dumps(spec)}")
 
 # %% ../../nbs/rl/10_encoder.ipynb #5c91a837

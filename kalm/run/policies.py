@@ -129,10 +129,21 @@ def encoder_of(run: Run) -> Encoder:
     if goals == "sentence":
         return _kept(own, sentences_of(run))
     folder = "" if (run.out/"grounded"/"shipped.json").exists() else run.out/"grounded"
+    if goals == "vector":
+        return _with_vectors(run, GoalEncoder(folder=folder, domain=run.domain.name))
     reader = Reader(run.domain.name, folder, DRAWN if goals == "doubt" else 0, cache=run.out/"sentences"/"meanings")
     told = reader.read(sentences_of(run))
     _kept(own, [*sentences_of(run), *sorted({words for answers in told for words in answers} - {""})])
     return Retold(reader, own, both=goals == "both")
+
+
+def _with_vectors(run: Run, encoder: GoalEncoder) -> GoalEncoder:
+    "The model's vectors of all sentences; it is loaded to make them, once."
+    path, texts = run.out/"sentences"/"vectors.safetensors", sentences_of(run)
+    if not whole(load_tensors, path):
+        save_tensors(path, dict(vectors=torch.from_numpy(encoder.encode(texts))), {})
+    encoder.known = dict(zip(texts, load_tensors(path)["vectors"].numpy()))
+    return encoder
 
 
 DRAWN = 8   # answers drawn for a sentence, where doubt is to show
@@ -272,11 +283,12 @@ def load_policy(folder: str | Path,
         raise ValueError(f"{path} names no encoder: damaged; delete it and train again")
     if encoder is not None and encoder.spec() == spec:
         return Policy.load(folder, encoder=encoder)
+    parents = Path(folder).resolve().parents
+    near = [parent/"grounded" for parent in parents if (parent/"grounded").is_dir()]   # in the run that it belongs to
     if spec.get("type") == "grounded":
-        return Policy.load(folder, encoder=GoalEncoder.from_spec(spec))
+        return Policy.load(folder, encoder=GoalEncoder.from_spec(spec, near))
     if spec.get("type") == "retold":
-        near = [parent/"grounded" for parent in Path(folder).resolve().parents]   # of the run that it belongs to
-        reader = Reader.from_spec(spec["reader"], [there for there in near if there.is_dir()])
+        reader = Reader.from_spec(spec["reader"], near)
         return Policy.load(folder, encoder=Retold(reader, encoder_from_spec(spec["encoder"]), spec["both"]))
     return Policy.load(folder)
 

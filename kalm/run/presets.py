@@ -60,7 +60,7 @@ class Imagined:
         check_numbers(self, dict(rollouts=1))
 
 # %% ../../nbs/run/10_presets.ipynb #da2cc109
-GOALS = ("sentence", "meaning", "doubt", "both")
+GOALS = ("sentence", "meaning", "doubt", "both", "vector")
 
 
 @dataclass(frozen=True)

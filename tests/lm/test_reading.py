@@ -123,31 +123,33 @@ def test_a_reader_is_found_by_its_weights_wherever_it_lies(lively, saved, tmp_pa
 
 
 def test_goals_as_vectors_are_what_is_held_in_mind(lively):
-    texts = ["Walk to the right end.", "Please go left.", "Over there!"]
     writer, encoder = Writer(lively), GoalEncoder(lively, batch_size=2)
-    got = encoder.encode(texts + texts[:1])
-    for text, v in zip(texts, got):
+    got = encoder.encode(TEXTS + TEXTS[:1])
+    for text, v in zip(TEXTS, got):
         ids = torch.tensor([writer.start("generate", text) + writer.ids(MEANING)])
         with torch.no_grad():
             h = lively(torch.full_like(ids, TEXT), ids, torch.zeros(*ids.shape, 2))[0, -1]
         np.testing.assert_allclose(v, h / h.norm(), atol=1e-4)
     assert got.dtype == np.float32 and np.array_equal(got[0], got[-1]) and len(encoder.known) == 3
-    assert np.array_equal(encoder.encode(texts[1:2])[0], got[1]) and encoder.encode([]).shape == (0, got.shape[1])
+    assert np.array_equal(encoder.encode(TEXTS[1:2])[0], got[1])
+    for texts, message in (([], "no sentences"), ([" "], "blank"), ("Go.", "expected a list")):
+        with pytest.raises(ValueError, match=message):
+            encoder.encode(texts)
 
 
-def test_a_goal_encoder_is_found_again(lively, tmp_path):
-    lively.save_pretrained(tmp_path, dtype=None)
-    encoder = GoalEncoder(lively, tmp_path)
+def test_a_goal_encoder_is_found_by_its_weights_wherever_its_model_lies(lively, saved, tmp_path):
+    encoder = GoalEncoder(lively, saved)
     spec = encoder.spec()
-    assert spec.pop("weights") == sha256(tmp_path/"model.safetensors")[:24]
-    assert spec == dict(type="grounded", folder=str(tmp_path), domain="line")
-    np.testing.assert_allclose(GoalEncoder.from_spec(spec).encode(["Go."]), encoder.encode(["Go."]), atol=1e-5)
+    assert spec == dict(type="grounded", domain="line", weights=sha256(saved/"model.safetensors")[:24])
+    again = GoalEncoder.from_spec(spec, [tmp_path, saved])
+    assert again._lm is None   # nobody had to read
+    np.testing.assert_allclose(again.encode(["Go."]), encoder.encode(["Go."]), atol=1e-5)
     with pytest.raises(ValueError, match="type 'sentence'"):
         GoalEncoder.from_spec(dict(type="sentence"))
-    with pytest.raises(FileNotFoundError, match="no shipped checkpoint for domain 'line'"):
-        GoalEncoder.from_spec(GoalEncoder(lively).spec())
-    with pytest.raises(ValueError, match="is not the one that this policy learned with"):
-        GoalEncoder.from_spec(encoder.spec() | dict(weights="others"))   # grounded again in the same folder
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        GoalEncoder(lively).spec()   # no checkpoint ships for this domain
+    with pytest.raises(FileNotFoundError, match="grounded again since"):
+        GoalEncoder.from_spec(spec | dict(weights="others"), [saved])
 
 
 def test_vectors_are_the_cached_decoder_s_too(lively):

@@ -8,7 +8,7 @@ from worlds import discrete_line
 
 import kalm
 from kalm.core.results import read_results
-from kalm.lm.reading import Reader
+from kalm.lm.reading import GoalEncoder, Reader
 from kalm.rl.encoder import Retold
 from kalm.run.command import STAGES, run_stages
 from kalm.run.folder import Run
@@ -17,7 +17,7 @@ from kalm.run.presets import Mixing, preset
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-@pytest.mark.parametrize("goals", ["meaning", "doubt"])
+@pytest.mark.parametrize("goals", ["doubt", "vector"])
 def test_policies_learn_from_what_the_model_takes_sentences_to_mean(goals, tmp_path, monkeypatch):
     monkeypatch.setattr("kalm.run.workers.os.cpu_count", lambda: 1)
     line = discrete_line()
@@ -28,16 +28,17 @@ def test_policies_learn_from_what_the_model_takes_sentences_to_mean(goals, tmp_p
 
     (tmp_path / "run").rename(tmp_path / "moved")   # the model moves with it
     policy = kalm.load_policy(next((tmp_path / "moved" / "policies" / "bc+kalm-rephrase-0").glob("step-*")))
-    assert isinstance(policy.encoder, Retold) and policy.encoder.both == (goals == "both")
-    assert policy.encoder.reader.samples == (8 if goals == "doubt" else 0)
     new = "Off to the far side with you."
     states = line.start(line.goals("offline"), np.zeros(2, int), np.arange(2)).states
     assert policy.act(states, [new] * 2).shape == (2,)
-    reader = Reader(line.name, tmp_path / "moved" / "grounded", policy.encoder.reader.samples)
-    said = Retold(reader, both=goals == "both").encode([new])
-    np.testing.assert_allclose(policy.encoder.encode([new]), said, atol=1e-5)
+    if goals == "vector":
+        reads = GoalEncoder(folder=tmp_path / "moved" / "grounded", domain=line.name)
+    else:
+        reads = Retold(Reader(line.name, tmp_path / "moved" / "grounded", samples=8))
+    assert policy.encoder.spec() == reads.spec()
+    np.testing.assert_allclose(policy.encoder.encode([new]), reads.encode([new]), atol=1e-5)
 
 
 def test_what_policies_can_be_told_is_named():
-    with pytest.raises(ValueError, match="'words': expected one of sentence, meaning, doubt, both"):
+    with pytest.raises(ValueError, match="'words': expected one of sentence, meaning, doubt, both, vector"):
         Mixing(goals="words")
