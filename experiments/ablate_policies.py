@@ -115,9 +115,12 @@ def measure(base: Run, name: str, a: argparse.Namespace) -> None:
     rows = [row for row in rows_of(run) if row.folder and row.method in sizes]
     for row, e in in_processes(run, evaluate_policy, [(row, (row,)) for row in rows]):
         imagined, real = sizes[row.method]
-        add(a.results, dict(preset=base.preset.name, config=base.config, steps=row.step, episodes=e.episodes,
-                            commit=commit(), backend=base.preset.ground.backbone, variant=name, method=row.method,
-                            level=row.level, seed=row.seed, successes=e.successes, imagined=imagined, real=real))
+        about = dict(preset=base.preset.name, config=base.config, steps=row.step, commit=commit(), variant=name,
+                     backend=base.preset.ground.backbone, method=row.method, level=row.level, seed=row.seed,
+                     imagined=imagined, real=real)
+        kinds = {kind: counts for kind, counts in e.per_kind().items() if kind}
+        for kind, (k, n) in {"": (e.successes, e.episodes), **kinds}.items():
+            add(a.results, about | dict(kind=kind, successes=k, episodes=n))
 
 
 def arguments() -> argparse.Namespace:
