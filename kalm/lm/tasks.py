@@ -16,7 +16,7 @@ from .settings import GroundConfig
 
 # %% auto #0
 __all__ = ['Material', 'Task', 'Generate', 'ask_meaning', 'Dynamics', 'Consequence', 'Explain', 'Caption', 'Question',
-           'ask_questions', 'Text', 'ordinary_text', 'passages', 'compose', 'Compose', 'Scene']
+           'ask_questions', 'Text', 'ordinary_text', 'passages', 'compose', 'MadeUp', 'Compose', 'Scene']
 
 # %% ../../nbs/lm/43_tasks.ipynb #600c0357
 class Material:
@@ -376,8 +376,17 @@ def _common_beginning(words: list[list[str]]) -> int:
     return alike - 1 if alike and words[0][alike - 1] == "the" else alike
 
 # %% ../../nbs/lm/43_tasks.ipynb #2e25e28c
-class Compose(Task):
-    "Rows name a random stream, not a rollout: two or three goals in one sentence, and the meaning of all."
+class MadeUp(Task):
+    "Rows name a random stream, not a rollout."
+    def draw(self, rng, n):
+        return [np.array([[k, 0]]) for k in rng.integers(0, 2**31, n)]
+
+    def length(self, rows):
+        return len(self.write(rows))
+
+
+class Compose(MadeUp):
+    "Two or three goals in one sentence, and the meaning of all."
     name = "compose"
 
     def __init__(self, material: Material):
@@ -391,9 +400,6 @@ class Compose(Task):
     def missing(self):
         return "" if self.every else "no goal has a meaning"
 
-    def draw(self, rng, n):
-        return [np.array([[k, 0]]) for k in rng.integers(0, 2**31, n)]
-
     def write(self, rows):
         rng = numpy_rng(self.material.config.seed, "compose", int(rows[0, 0]))
         n = 2 + int(rng.random() < .4)
@@ -405,28 +411,19 @@ class Compose(Task):
         return ask_meaning(self.writer, Sequence().say(self.writer.start("generate", sentence)), meaning,
                            self.material.config.keyword_weight)
 
-    def length(self, rows):
-        return len(self.write(rows))
-
 
 def _beginning(text: str) -> str:
     return " ".join(text.split()[:2])
 
 # %% ../../nbs/lm/43_tasks.ipynb #8ef98cf1
-class Scene(Task):
-    "Rows name a random stream, not a rollout: a text that the domain makes of it, and what it means."
+class Scene(MadeUp):
+    "A text that the domain makes up, and what it means."
     name = "scene"
 
     def missing(self):
         return "" if _says(self.material.words, "scene") else "the domain has no scenes"
 
-    def draw(self, rng, n):
-        return [np.array([[k, 0]]) for k in rng.integers(0, 2**31, n)]
-
     def write(self, rows):
         text, meaning = self.material.words.scene(numpy_rng(self.material.config.seed, "scene", int(rows[0, 0])))
         return ask_meaning(self.writer, Sequence().say(self.writer.start("generate", text)), meaning,
                            self.material.config.keyword_weight)
-
-    def length(self, rows):
-        return len(self.write(rows))

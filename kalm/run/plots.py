@@ -150,8 +150,10 @@ def _cell_text(cell: Cell | None, theirs: float | None) -> str:
     return text if theirs is None else f"{text} [{theirs:.1f}]"
 
 
-def _plain_table(body: Sequence[Sequence[str]], head: Sequence[str], note: str) -> str:
-    "Columns that line up in a terminal, `note` wrapped below."
+def _written(body: Sequence[Sequence[str]], head: Sequence[str], note: str, plain: bool) -> str:
+    "A table with a note below: Markdown, or columns that line up in a terminal."
+    if not plain:
+        return f"{markdown_table(body, head)}\n\n{note}"
     width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [head, ["-" * w for w in width], *body]
     text = ["  ".join(x.ljust(w) for x, w in zip(line, width)).rstrip() for line in lines]
@@ -184,8 +186,7 @@ def results_table(rows: Sequence[dict],                # of results.csv, from on
     source = f" [the paper's: {theirs['source']}]" if any(m in theirs["success"] for m in methods) else ""
     evidence = _evidence({m: [c for c in cells.values() if c] for m, cells in found.items()})
     note = f"Success in the real environment, % (95 % interval){source}. A cell rests on: {evidence}."
-    head = ["method", *levels]
-    return _plain_table(body, head, note) if plain else f"{markdown_table(body, head)}\n\n{note}"
+    return _written(body, ["method", *levels], note, plain)
 
 # %% ../../nbs/run/50_plots.ipynb #183cf8e5
 def kinds_in(rows: Sequence[dict], level: str) -> list[str]:
@@ -213,8 +214,7 @@ def kinds_table(rows: Sequence[dict], level: str,  # of results.csv, from one ru
     n = {round(c.episodes / len(c.seeds)) for cells in found.values() for c in cells if c}
     spread = f"{min(n):,}" + (f" to {max(n):,}" if len(n) > 1 else "")
     note = f"Kinds of *{level}*, % (95 % interval); {spread} episodes a seed and kind."
-    head = [level, *kinds]
-    return _plain_table(body, head, note) if plain else f"{markdown_table(body, head)}\n\n{note}"
+    return _written(body, [level, *kinds], note, plain)
 
 
 def _short_cell(cell: Cell | None) -> str:

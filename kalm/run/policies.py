@@ -28,7 +28,7 @@ from ..rl.replay import Replay
 from ..rl.train import TRAINING_FORMAT, Every
 from .folder import Run, Stopped, commit, device, need, set_aside, whole
 from .presets import Preset, Training
-from .stages import grounded_lm, real_rollouts
+from .stages import checkpoint_of, grounded_lm, real_rollouts
 from .workers import in_processes
 from ..tensors.store import load_state, load_tensors, read_about, read_header, save_tensors
 
@@ -128,7 +128,7 @@ def encoder_of(run: Run) -> Encoder:
     own, goals = SentenceEncoder(cache=run.out/"sentences"), run.preset.mixing.goals
     if goals == "sentence":
         return _kept(own, sentences_of(run))
-    folder = "" if (run.out/"grounded"/"shipped.json").exists() else run.out/"grounded"
+    folder = checkpoint_of(run)
     if goals == "vector":
         return _with_vectors(run, GoalEncoder(folder=folder, domain=run.domain.name))
     reader = Reader(run.domain.name, folder, DRAWN if goals == "doubt" else 0, cache=run.out/"sentences"/"meanings")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.episodes import collect, collect_shard, shards_of
-from ..core.files import check_sha256, claim, load_json, numpy_rng, save_json, seal, sha256, start_seeds
+from ..core.files import check_sha256, claim, load_json, numpy_rng, save_json, seal, start_seeds
 from ..core.goals import Goal
 from ..core.progress import progress_bar
 from ..core.rollouts import Rollouts
@@ -21,9 +21,10 @@ from ..lm.backbone import TINY_BACKBONE
 from ..lm.ground import STATE_FORMAT, ground
 from ..lm.generate import Imagination, generate
 from ..lm.imagine import imagine_filtered
-from ..lm.model import SHIPPED, KalmLM, read_checkpoint_header
+from ..lm.model import KalmLM, read_checkpoint_header
 from ..lm.parts import imagine_by_parts
 from ..lm.quality import quality, repair_unreal
+from ..lm.reading import weights_of
 from ..lm.settings import GroundConfig, TaskWeights
 from .folder import Run, Stopped, device, need, set_aside, whole
 from .presets import Imagined
@@ -31,8 +32,8 @@ from .workers import in_processes
 from ..tensors.store import digest_of_tensors, fast_dtype, load_state, load_tensors
 
 # %% auto #0
-__all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'check_grounded', 'grounded_lm',
-           'imagine_stage', 'imagine_shard']
+__all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'check_grounded', 'checkpoint_of',
+           'grounded_lm', 'imagine_stage', 'imagine_shard']
 
 # %% ../../nbs/run/30_stages.ipynb #422193b4
 def collect_stage(run: Run) -> None:
@@ -106,6 +107,13 @@ def _grounded(run: Run, config: GroundConfig, folder: Path, n: int) -> None:
         raise Stopped()
 
 # %% ../../nbs/run/30_stages.ipynb #4e5582ba
+def checkpoint_of(run: Run) -> str | Path:
+    "The folder of the run's grounded model; empty where it is the one that ships."
+    if (run.out/"grounded"/"shipped.json").exists():
+        return ""
+    return need(run.out/"grounded"/"model.safetensors", "ground").parent
+
+
 def grounded_lm(run: Run, name: str = "grounded") -> KalmLM:
     "The run's language model (or its `lm-bc`), ready to generate."
     tiny = run.preset.ground.backbone == TINY_BACKBONE
@@ -124,18 +132,12 @@ def imagine_stage(run: Run) -> None:
     lm = None
     for level, plan in run.preset.imagined.items():
         folder = run.out/"imagined"/level
-        claim(folder, dict(model=_weights_of(run)), "imagined rollouts", "imagined_by.json")
+        claim(folder, dict(model=weights_of(checkpoint_of(run), run.domain.name)), "imagined rollouts",
+              "imagined_by.json")
         if not whole(_imagined_level, folder):
             lm = lm or grounded_lm(run)
             _imagine_level(run, lm, level, plan, folder)
         run.say(f"  {level}: " + _summary(load_json(folder/"quality.json")))
-
-
-def _weights_of(run: Run) -> str:
-    "Which model imagines: a hash of its checkpoint."
-    shipped = (run.out/"grounded"/"shipped.json").exists()
-    folder = SHIPPED/run.domain.name if shipped else run.out/"grounded"
-    return sha256(need(folder/"model.safetensors", "ground"))[:24]
 
 
 def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:

@@ -67,7 +67,7 @@ def test_a_number_of_answers_is_a_number(n, lively):
 
 
 def test_a_sentence_is_read_once(lively, saved, tmp_path, monkeypatch):
-    reader = Reader("line", saved, cache=tmp_path / "kept", lm=lively)
+    reader = Reader("line", saved, cache=tmp_path / "kept")
     read = reader.read(TEXTS + TEXTS[:1])
     assert read[:3] == [{said.words: 1.} for said in meaning(lively, TEXTS)] and read[3] == read[0]
     monkeypatch.setattr(reading, "meaning", lambda *args: pytest.fail("read again"))
@@ -77,10 +77,10 @@ def test_a_sentence_is_read_once(lively, saved, tmp_path, monkeypatch):
 
 
 def test_readers_of_other_models_or_other_ways_share_nothing(lively, saved, tmp_path):
-    one = Reader("line", saved, cache=tmp_path / "kept", lm=lively)
-    one.learn({TEXTS[0]: {"made up": 1.}})
-    assert one.read(TEXTS[:1]) == [{"made up": 1.}]
-    assert Reader("line", saved, samples=2, cache=tmp_path / "kept", lm=lively).read(TEXTS[:1]) != one.read(TEXTS[:1])
+    one = Reader("line", saved, cache=tmp_path / "kept")
+    keep_meanings(one.kept / "made.json", {TEXTS[0]: {"made up": 1.}}, one.weights)
+    assert one.read(TEXTS[:1]) == [{"made up": 1.}] and one._lm is None
+    assert Reader("line", saved, samples=2, cache=tmp_path / "kept").read(TEXTS[:1]) != one.read(TEXTS[:1])
     with torch.no_grad():
         next(iter(lively.own_parameters().values())).add_(1)
     lively.save_pretrained(tmp_path / "other", dtype=None)
@@ -89,7 +89,7 @@ def test_readers_of_other_models_or_other_ways_share_nothing(lively, saved, tmp_
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"meanings": {}}', None], ids=["empty", "list", "half", "flipped"])
 def test_a_damaged_memory_is_read_anew(damage, lively, saved, tmp_path):
-    reader = Reader("line", saved, cache=tmp_path / "kept", lm=lively)
+    reader = Reader("line", saved, cache=tmp_path / "kept")
     read = reader.read(TEXTS)
     path, = reader.kept.glob("*.json")
     changed = path.read_bytes().replace(b"Please go left.", b"Please go lest.")
