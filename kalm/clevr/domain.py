@@ -119,6 +119,7 @@ class ClevrRobot(Domain):
     name = "clevr"
     unit = "m"  # of the numbers in a state
     levels = LEVELS
+    judged_only = ("unheard",)
     state_space = gym.spaces.Box(*np.tile(WALLS, 5), dtype=np.float32)
     action_space = gym.spaces.Discrete(N_ACTIONS)
     behaviours = BEHAVIOURS

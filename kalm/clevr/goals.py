@@ -24,7 +24,7 @@ __all__ = ['COLOURS', 'COMPASS', 'LEVELS', 'TYPES', 'COMPASS_VECTORS', 'DIRECTIO
 # %% ../../nbs/clevr/10_goals.ipynb #047e2f5f
 COLOURS = ("red", "blue", "green", "purple", "cyan")
 COMPASS = ("behind", "left", "front", "right")
-LEVELS = ("offline", "rephrase", "easy", "hard")
+LEVELS = ("offline", "rephrase", "easy", "hard", "unheard")
 TYPES = ("move", "push", "line_up", "gather")     # of a task; several of them at once are of type "all"
 COMPASS_VECTORS = np.array([(0, 1), (-1, 0), (0, -1), (1, 0)], dtype=np.float64)  # (4, 2), by compass word
 DIRECTIONS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1),

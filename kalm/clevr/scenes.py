@@ -20,7 +20,7 @@ __all__ = ['THINGS', 'OPPOSITE', 'phrases', 'scene']
 # %% ../../nbs/clevr/45_scenes.ipynb #64546a8f
 @cache
 def phrases() -> dict:
-    "`relations`, `has`, `clauses` and `stories` by side; `changes`, `joined_changes` (`{s}`: a clause), `no_changes`."
+    "By side: `relations`, `has`, `clauses`, `stories`. Else, around a clause `{s}` or after it: changes, past or coming."
     return load_json(str(files("kalm.clevr")/"assets"/"scenes.json"))
 
 # %% ../../nbs/clevr/45_scenes.ipynb #2fcac953
@@ -65,18 +65,33 @@ def _story(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     return text, text.index("{y}") < text.index("{x}")
 
 
+def _changed(rng: np.random.Generator, side: str) -> tuple[str, bool]:
+    "It stood the other way round, and is turned, or is about to be; and whether the place of y was told."
+    before, about_y = (_story if rng.random() < .1 else _clause)(rng, OPPOSITE[side])
+    which = "coming" if rng.random() < .6 else "changes"
+    if rng.random() < .4 and "?" not in before:
+        return _pick(rng, phrases()[f"joined_{which}"]).replace("{s}", before), about_y
+    return f"{_at_present(rng, before, which == 'coming')}. {_pick(rng, phrases()[which])}", about_y
+
+
+def _at_present(rng: np.random.Generator, clause: str, now: bool) -> str:
+    return _pick(rng, phrases()["presents"]).replace("{s}", clause) if now and rng.random() < .5 else clause
+
+
 def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
-    "A text by which x is on this side of y, and whether it tells the place of y."
+    "A text by which x ends up on this side of y, and whether it tells the place of y."
     chance = rng.random()
-    if chance < .3:
+    if chance < .2:
         return _story(rng, side)
-    if chance < .6:
-        before, about_y = (_story if rng.random() < .15 else _clause)(rng, OPPOSITE[side])
-        if rng.random() < .5 and "?" not in before:
-            return _pick(rng, phrases()["joined_changes"]).replace("{s}", before), about_y
-        return f"{before}. {_pick(rng, phrases()['changes'])}", about_y
+    if chance < .7:
+        return _changed(rng, side)
     text, about_y = _clause(rng, side)
-    return f"{text}. {_pick(rng, phrases()['no_changes'])}" if chance < .68 else text, about_y
+    if chance < .75:
+        return f"{text}. {_pick(rng, phrases()['no_changes'])}", about_y
+    if chance < .82:
+        return f"{_at_present(rng, text, True)}. {_pick(rng, phrases()['no_coming'])}", about_y
+    return text, about_y
+
 
 # %% ../../nbs/clevr/45_scenes.ipynb #3e20535f
 def scene(rng: np.random.Generator) -> tuple[str, str]: # text, key words

@@ -210,13 +210,13 @@ class ClevrWords(Words):
         return scene(rng)
 
     def checked_by(self, goal: Goal) -> str:
-        """`caption` for a single push of a ball that is named, `explanation` for a move that names two and a side.
+        """`caption` for a single push of a ball that is named, `explanation` for a move that names two.
 
         Other tasks, unknown ones included, are not judged: a sentence may name two colours and mean something else."""
-        (colours, sides), kind = named(goal.text), goal.task.get("type")
+        (colours, _), kind = named(goal.text), goal.task.get("type")
         if kind == "push" and len(colours) == 1 and goal.max_steps == 1:
             return "caption"
-        return "explanation" if kind == "move" and len(colours) == 2 and len(sides) == 1 else ""
+        return "explanation" if kind == "move" and len(colours) == 2 else ""
 
 # %% ../../nbs/clevr/50_words.ipynb #a25e8763
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ from .model import SHIPPED, KalmLM
 from .sequences import Writer
 
 # %% auto #0
-__all__ = ['drawn_meanings', 'weights_of', 'find_checkpoint', 'Reader', 'keep_meanings', 'GoalEncoder']
+__all__ = ['MAX_TOKENS', 'drawn_meanings', 'weights_of', 'find_checkpoint', 'Reader', 'keep_meanings', 'GoalEncoder']
 
 # %% ../../nbs/lm/72_reading.ipynb #d6697211
+MAX_TOKENS = 32  # of an answer: key words of three things at once
+
+
 def drawn_meanings(lm: KalmLM, texts: Sequence[str],
                    n: int,                          # answers drawn for each sentence
-                   seed: int = 0, max_tokens: int = 12, batch_size: int = 128
+                   seed: int = 0, max_tokens: int = MAX_TOKENS, batch_size: int = 128
                   ) -> list[dict[str, float]]:      # share of each answer, the most frequent first
     """What the model says each sentence means when it is asked `n` times. `ValueError` for a blank sentence.
 
@@ -144,7 +147,7 @@ class Reader:
         self._lm = self._lm or _load(self.folder, self.domain)
         if self.samples:
             return drawn_meanings(self._lm, texts, self.samples)
-        return [{said.words: 1.} for said in meaning(self._lm, texts)]
+        return [{said.words: 1.} for said in meaning(self._lm, texts, max_tokens=MAX_TOKENS)]
 
 # %% ../../nbs/lm/72_reading.ipynb #ad128a27
 def keep_meanings(path: Path, meanings: dict[str, dict[str, float]], weights: str, samples: int = 0) -> None:

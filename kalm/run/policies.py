@@ -157,15 +157,14 @@ def _kept(own: SentenceEncoder, texts: list[str]) -> SentenceEncoder:
 
 
 def whitening_of(run: Run, encoder: Encoder) -> Whitening | None:
-    """One for all policies of a run: fitted on the sentences of the taught level and of the levels imagined for.
+    """One for all policies of a run, fitted on the taught sentences.
 
     Kept in the run, as encodings are, and for the same reason."""
     p, d, path = run.preset, run.domain, run.out/"sentences"/"whitening.safetensors"
     if not p.mixing.whitening:
         return None
     if not whole(load_tensors, path):
-        texts = [goal.text for level in (d.levels[0], *p.imagined) for goal in d.goals(level)]
-        fitted = Whitening.fit(encoder, texts, p.mixing.whitening)
+        fitted = Whitening.fit(encoder, [goal.text for goal in d.goals(d.levels[0])], p.mixing.whitening)
         save_tensors(path, dict(mean=torch.from_numpy(fitted.mean), matrix=torch.from_numpy(fitted.matrix)),
                      dict(whitening=fitted.spec()))
     kept = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
