@@ -390,7 +390,8 @@ def whitening_map(rows: np.ndarray, # (N, E)
     rows = np.asarray(rows, np.float64)
     mean = rows.mean(0)
     values, axes = np.linalg.eigh(np.atleast_2d(np.cov(rows.T, bias=True)))
-    values = np.maximum(values, max(1e-6 * values.max(), 1e-12))   # few sentences span few axes
+    spanned = values > max(1e-6 * values.max(), 1e-12)   # few sentences span few axes; the others are as the mean of these
+    values = np.where(spanned, values, values[spanned].mean() if spanned.any() else 1.)
     matrix = axes * values ** (-power / 2) @ axes.T
-    matrix /= max(np.sqrt((((rows - mean) @ matrix) ** 2).mean()), 1e-12)
-    return mean.astype(np.float32), matrix.astype(np.float32)
+    size = np.sqrt((((rows - mean) @ matrix) ** 2).mean())
+    return mean.astype(np.float32), (matrix / (size if spanned.any() else 1.)).astype(np.float32)

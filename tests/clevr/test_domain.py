@@ -41,9 +41,10 @@ def test_the_entry_point_finds_it():
 
 
 def test_it_is_a_whole_domain():
-    assert check_domain(CLEVR) is CLEVR and CLEVR.name == "clevr" and CLEVR.levels == LEVELS and CLEVR.judged_only == ()
+    assert check_domain(CLEVR) is CLEVR and CLEVR.name == "clevr" and CLEVR.levels == LEVELS
+    assert CLEVR.judged_only == ("unheard",)
     assert CLEVR.state_space.shape == (10,) and codec_of(CLEVR).n == 40
-    assert [len(CLEVR.goals(level)) for level in CLEVR.levels] == [1440, 800, 400, 200]
+    assert [len(CLEVR.goals(level)) for level in CLEVR.levels] == [1440, 2080, 400, 200, 1060]
     assert list(CLEVR.behaviours) == ["medium", "expert"]
     assert CLEVR.features.points == CLEVR.limits.parts == ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
     assert len(CLEVR.limits.low) == len(CLEVR.limits.high) == 10 and CLEVR.limits.step == (.5,) * 5

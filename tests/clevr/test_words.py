@@ -91,7 +91,7 @@ def test_meanings_tell_tasks_apart(level):
     meant = {}
     for goal in goals:
         meant.setdefault(WORDS.meaning(goal), set()).add(goal.key)
-    assert len(meant) == dict(offline=80, rephrase=80, easy=20, hard=141)[level]
+    assert len(meant) == dict(offline=80, rephrase=80, easy=20, hard=141, unheard=80 + 20 + 68 + 1)[level]
     assert all(len(keys) == 1 for said, keys in meant.items() if said)
 
 

@@ -69,8 +69,8 @@ def test_a_number_of_answers_is_a_number(n, lively):
 def test_a_sentence_is_read_once(lively, saved, tmp_path, monkeypatch):
     reader = Reader("line", saved, cache=tmp_path / "kept")
     read = reader.read(TEXTS + TEXTS[:1])
-    assert read[:3] == [{said.words: 1.} for said in meaning(lively, TEXTS)] and read[3] == read[0]
-    monkeypatch.setattr(reading, "meaning", lambda *args: pytest.fail("read again"))
+    assert read[:3] == [{said.words: 1.} for said in meaning(lively, TEXTS, max_tokens=32)] and read[3] == read[0]
+    monkeypatch.setattr(reading, "meaning", lambda *args, **kw: pytest.fail("read again"))
     assert Reader("line", saved, cache=tmp_path / "kept").read(TEXTS) == read[:3]
     with pytest.raises(ValueError, match="blank"):
         reader.read([" "])

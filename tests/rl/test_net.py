@@ -92,7 +92,8 @@ def test_cloning_ends_in_the_same_weights(net, name, case, tmp_path):
             np.testing.assert_allclose(policy.net.state_dict()[w], net[f"{name}{case}_{s}_{w}"], atol=1e-3)
         rows = read_csv(tmp_path / f"p-{s}" / "curve.csv")
         curve = [[float(row[f]) for f in net["curve_fields"][name]] for row in rows]
-        np.testing.assert_allclose(curve, net[f"{name}{case}_curve"][k], rtol=1e-2 if c["white"] else 1e-3, atol=1e-4)
+        np.testing.assert_allclose(curve, net[f"{name}{case}_curve"][k], rtol=1e-2 if c["white"] else 1e-3,
+                                   atol=5e-3 if c["white"] else 1e-4)
 
 
 # ---------------------------------------------------------------- episodes
