@@ -20,7 +20,7 @@ __all__ = ['THINGS', 'OPPOSITE', 'phrases', 'scene']
 # %% ../../nbs/clevr/45_scenes.ipynb #64546a8f
 @cache
 def phrases() -> dict:
-    "By side: `relations`, `has`, `clauses`, `stories`. Else, around a clause `{s}` or after it: changes, past or coming."
+    "By side: `relations`, `has`, `clauses`, `stories`. Around a clause `{s}`, or after it: changes, past or coming."
     return load_json(str(files("kalm.clevr")/"assets"/"scenes.json"))
 
 # %% ../../nbs/clevr/45_scenes.ipynb #2fcac953
@@ -50,10 +50,10 @@ _ABOUT_Y = re.compile(r"\{y\} (is|lies) (?!the thing|bordered|here)|\{x\} has \{
 def _clause(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "x is on this side of y, plainly; and whether it is the place of y that is told."
     chance = rng.random()
-    if chance < .4:
+    if chance < .3:
         verb, relation = _pick(rng, ("is", "is", "lies", "stands", "sits")), _pick(rng, phrases()["relations"][side])
         return f"{{x}} {'is' if relation.startswith(('a ', 'the ')) else verb} {relation} {{y}}", False
-    if chance < .55:
+    if chance < .5:
         return f"{{y}} has {{x}} {_pick(rng, phrases()['has'][side])}", False
     text = _pick(rng, phrases()["clauses"][side])
     return text, bool(_ABOUT_Y.match(text))
@@ -94,6 +94,15 @@ def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
 
 
 # %% ../../nbs/clevr/45_scenes.ipynb #3e20535f
+_VIEWER = re.compile(r"\b(to|from|towards|of|than|at|by|between|before|with|for|away from|near) the viewer\b(?!')")
+
+
+def _as_me(text: str) -> str:
+    "The viewer in the first person, where that takes no other verb."
+    changed = _VIEWER.sub(r"\1 me", text.replace("the viewer's", "my"))
+    return text if "viewer" in changed else changed
+
+
 def scene(rng: np.random.Generator) -> tuple[str, str]: # text, key words
     """A text that says where one thing is from another, and its key words, such as `red blue left`.
 
@@ -105,7 +114,13 @@ def scene(rng: np.random.Generator) -> tuple[str, str]: # text, key words
     (x, named_x), (y, named_y) = _two_things(rng)
     side = _pick(rng, SIDES)
     text, about_y = _told(rng, side)
+    if rng.random() < .6:
+        text = _as_me(text)
+    if rng.random() < .25 and named_x.endswith(" ball"):   # the red ball ... the blue one
+        x_first = text.index("{x}") < text.index("{y}")
+        named_x, named_y = (named_x, f"the {y} one") if x_first else (f"the {x} one", named_y)
     parts = text.replace("{x}", named_x).replace("{y}", named_y).split(". ")
     text = ". ".join(part[0].upper() + part[1:] for part in parts)
     text += "" if text.endswith((".", "?", "!")) else "."
     return text, f"{y} {x} {OPPOSITE[side]}" if about_y else f"{x} {y} {side}"
+

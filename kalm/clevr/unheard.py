@@ -16,5 +16,5 @@ __all__ = ['unheard_patterns']
 # %% ../../nbs/clevr/16_unheard.ipynb #f4e26c17
 @cache
 def unheard_patterns() -> dict:
-    "As `REPHRASE_PATTERNS` for moves, by kind and direction; a list each of `easy`, `two`, `three`, `line_up`, `gather`."
+    "Moves as in `REPHRASE_PATTERNS`, by kind and direction; lists of `easy`, `two`, `three`, `line_up`, `gather`."
     return load_json(str(files("kalm.clevr")/"assets"/"unheard.json"))

@@ -390,7 +390,7 @@ def whitening_map(rows: np.ndarray, # (N, E)
     rows = np.asarray(rows, np.float64)
     mean = rows.mean(0)
     values, axes = np.linalg.eigh(np.atleast_2d(np.cov(rows.T, bias=True)))
-    spanned = values > max(1e-6 * values.max(), 1e-12)   # few sentences span few axes; the others are as the mean of these
+    spanned = values > max(1e-6 * values.max(), 1e-12)   # few sentences span few axes; others: their mean
     values = np.where(spanned, values, values[spanned].mean() if spanned.any() else 1.)
     matrix = axes * values ** (-power / 2) @ axes.T
     size = np.sqrt((((rows - mean) @ matrix) ** 2).mean())
