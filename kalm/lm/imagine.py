@@ -5,7 +5,7 @@
 # %% ../../nbs/lm/80_imagine.ipynb #0bd566c2
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -66,7 +66,8 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             starts: np.ndarray | None = None, # (n, S) begin here; such rollouts carry no seed
             filter: str | None = None,        # drop rollouts: "round_trip" if the model's words contradict the goal,
                                               # "limits" if a step is unreal
-            parts: bool = False,              # imagine the parts of a goal one after the other
+            parts: bool | Mapping = False,    # imagine the parts of a goal one after the other; those that the model
+                                              # reads in its sentence, or {sentence: taught goals}
             **kwargs                          # fields of `Imagination`: max_steps, temperature, stop, tries ...
            ) -> Rollouts:                     # fewer than n if a filter dropped some
     """Rollouts that the model imagines for `goals`. `ValueError` for options that the domain cannot serve.
@@ -82,7 +83,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
     filter
         drop rollouts: "round_trip" if the model's words contradict the goal, "limits" if a step is unreal
     parts
-        imagine the parts of a goal one after the other
+        imagine the parts of a goal one after the other; those that the model reads in its sentence, or {sentence: taught goals}
     **kwargs
         fields of `Imagination`: max_steps, temperature, stop, tries ...
 
@@ -100,13 +101,14 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
     return _imagined((lm, domain, goals, index, starts, seeds, settings), filter, parts)
 
 # %% ../../nbs/lm/80_imagine.ipynb #8b021289
-def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
+def _imagined(request: tuple, filter: str | None, parts: bool | Mapping) -> Rollouts:
     "What was asked for, imagined in the way that the options say."
     lm, domain, *_, settings = request
     if filter == "round_trip" and not parts:
         out, keep = imagine_filtered(*request)
         return out[keep]
-    out = (imagine_by_parts if parts else generate)(*request)
+    plans = None if isinstance(parts, bool) else parts
+    out = imagine_by_parts(*request, plans) if parts else generate(*request)
     if filter == "round_trip":
         return out[round_trip(lm, out, domain.words, settings.batch_size)[0] != CONTRADICTS]
     if filter == "limits":
@@ -115,7 +117,8 @@ def _imagined(request: tuple, filter: str | None, parts: bool) -> Rollouts:
     return out
 
 # %% ../../nbs/lm/80_imagine.ipynb #9634874e
-def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter: str | None, parts: bool) -> None:
+def _check_options(domain: Domain, goals: Sequence[Goal], n: int, starts, filter: str | None,
+                   parts: bool | Mapping) -> None:
     check_domain(domain)
     if not goals or n < 1:
         raise ValueError(f"{len(goals)} goals, {n} rollouts: expected at least one of each")

@@ -5,7 +5,7 @@
 # %% ../../nbs/lm/75_parts.ipynb #65bcbcc8
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,15 +17,20 @@ from ..core.rollouts import Rollouts
 from .explain import check_words, meaning
 from .generate import Imagination, can_judge, check_request, generate, imagined, some_of, step_limits, stop_of
 from .model import KalmLM
+from .reading import MAX_TOKENS, Reader
 
 # %% auto #0
 __all__ = ['parts_of', 'named_goals', 'PartByPart', 'imagine_by_parts']
 
 # %% ../../nbs/lm/75_parts.ipynb #8995f732
-def parts_of(lm: KalmLM, domain: Domain, texts: Sequence[str], batch_size: int = 128) -> list[list[Goal]]:
-    "For each sentence the taught goals that the model takes it to ask for, in order; none where it says anything else."
+def parts_of(lm: KalmLM | Reader, domain: Domain, texts: Sequence[str], batch_size: int = 128) -> list[list[Goal]]:
+    "For each sentence the taught goals that a model takes it to ask for, in order; none where it says anything else."
     check_words(domain, "parts=True")
-    return [named_goals(domain, m.words) for m in meaning(lm, texts, max_tokens=32, batch_size=batch_size)]
+    if isinstance(lm, Reader):
+        said = [max(answers, key=answers.get) for answers in lm.read(texts)]
+    else:
+        said = [m.words for m in meaning(lm, texts, max_tokens=MAX_TOKENS, batch_size=batch_size)]
+    return [named_goals(domain, words) for words in said]
 
 
 def named_goals(domain: Domain, words: str) -> list[Goal]: # in order; none where a part names no taught goal
@@ -106,12 +111,21 @@ def append(self: PartByPart, rows: np.ndarray, more: Rollouts) -> None:
 
 # %% ../../nbs/lm/75_parts.ipynb #8f763de4
 def imagine_by_parts(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
-                     seeds: np.ndarray | None = None, settings: Imagination = Imagination()) -> Rollouts:
-    "One rollout a row, one part of its goal after the other; whole where the model cannot take its goal apart."
+                     seeds: np.ndarray | None = None, settings: Imagination = Imagination(),
+                     plans: Mapping[str, Sequence[Goal]] | None = None # by sentence; as the model reads it if not given
+                    ) -> Rollouts:
+    """One rollout a row, one part of its goal after the other; whole where its goal cannot be taken apart.
+
+    Parameters
+    ----------
+    plans
+        by sentence; as the model reads it if not given
+    """
     index, states = check_request(lm, domain, goals, index, states)
-    texts = sorted({goals[i].text for i in index})
-    plans = dict(zip(texts, parts_of(lm, domain, texts, settings.batch_size)))
-    plans = [plans[goals[i].text] for i in index]
+    if plans is None:
+        texts = sorted({goals[i].text for i in index})
+        plans = dict(zip(texts, parts_of(lm, domain, texts, settings.batch_size)))
+    plans = [list(plans[goals[i].text]) for i in index]
     work = PartByPart(lm, domain, goals, index, states, plans, settings)
     work.run()
     out = work.rollouts(seeds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from .model import SHIPPED, KalmLM
 from .sequences import Writer
 
 # %% auto #0
-__all__ = ['MAX_TOKENS', 'drawn_meanings', 'weights_of', 'find_checkpoint', 'Reader', 'keep_meanings', 'GoalEncoder']
+__all__ = ['MAX_TOKENS', 'drawn_meanings', 'reading_folder', 'weights_of', 'find_checkpoint', 'Reader', 'keep_meanings',
+           'GoalEncoder']
 
 # %% ../../nbs/lm/72_reading.ipynb #d6697211
 MAX_TOKENS = 32  # of an answer: key words of three things at once
@@ -55,6 +57,12 @@ def _checkpoint(folder: str | Path, domain: str) -> Path:
     return (Path(folder) if folder else SHIPPED/domain)/"model.safetensors"
 
 
+def reading_folder(domain: str) -> Path:
+    "Of the checkpoint that ships to read a domain's sentences: grounded further, in texts, where there is such a one."
+    further = SHIPPED/domain/"reader"
+    return further if (further/"model.safetensors").exists() else SHIPPED/domain
+
+
 def weights_of(folder: str | Path,  # of a checkpoint; empty: the one that ships for the domain
                domain: str) -> str:
     """A hash of a checkpoint's weights; `FileNotFoundError` if there is none.
@@ -72,16 +80,13 @@ def weights_of(folder: str | Path,  # of a checkpoint; empty: the one that ships
 
 
 def find_checkpoint(domain: str, weights: str, folders: Sequence[str | Path]) -> str | Path:
-    "Which of the folders has the model of these weights, empty if it ships; `FileNotFoundError` if none has."
-    for folder in ("", *folders):
+    "Which folder has the model of these weights, one that ships or one given; `FileNotFoundError` if none has."
+    for folder in (SHIPPED/domain, reading_folder(domain), *folders):
         if _checkpoint(folder, domain).exists() and weights_of(folder, domain) == weights:
             return folder
     raise FileNotFoundError(f"the grounded model {weights} of domain {domain!r} is neither the one that ships nor in "
                             f"{', '.join(map(str, folders)) or 'a folder given'}: moved, or grounded again since")
 
-
-def _load(folder: str | Path, domain: str) -> KalmLM:
-    return KalmLM.from_pretrained(folder) if folder else KalmLM.grounded(domain)
 
 # %% ../../nbs/lm/72_reading.ipynb #cb5515aa
 class Reader:
@@ -90,23 +95,23 @@ class Reader:
     Parameters
     ----------
     domain
-        whose shipped checkpoint reads, where no folder is given
+        whose sentences
     folder
-        of a checkpoint
+        of a checkpoint; empty: the one that ships to read for the domain
     samples
         answers drawn for each sentence; 0: the greedy one, with share 1
     cache
         where meanings are kept; kalm's cache folder if not given
     """
-    def __init__(self, domain: str,                # whose shipped checkpoint reads, where no folder is given
-                 folder: str | Path = "",          # of a checkpoint
+    def __init__(self, domain: str,                # whose sentences
+                 folder: str | Path = "",          # of a checkpoint; empty: the one that ships to read for the domain
                  samples: int = 0,                 # answers drawn for each sentence; 0: the greedy one, with share 1
                  cache: str | Path | None = None): # where meanings are kept; kalm's cache folder if not given
-        self.domain, self.folder, self.samples = domain, str(folder), whole_number("samples", samples, 0)
+        self.domain, self.samples = domain, whole_number("samples", samples, 0)
+        self.folder = Path(folder or reading_folder(domain))
         self.weights = weights_of(self.folder, domain)
         self.kept = Path(cache or cache_dir()/"meanings")/f"{self.weights}-{self.samples}"
         self._known: dict[str, dict[str, float]] | None = None
-        self._lm: KalmLM | None = None
 
     @classmethod
     def from_spec(cls, spec: dict,
@@ -134,7 +139,7 @@ class Reader:
             share of each answer; they sum to 1
         """
         if self._known is None:
-            self._known = _remembered([SHIPPED/self.domain/"meanings.json", *sorted(self.kept.glob("*.json"))],
+            self._known = _remembered([self.folder/"meanings.json", *sorted(self.kept.glob("*.json"))],
                                       self.weights, self.samples)
         new = [text for text in dict.fromkeys(check_texts(texts)) if text not in self._known]
         if new:
@@ -143,11 +148,15 @@ class Reader:
             self._known |= answers
         return [self._known[text] for text in texts]
 
+    @cached_property
+    def lm(self) -> KalmLM:
+        "The model, loaded when it is asked for first."
+        return KalmLM.from_pretrained(self.folder)
+
     def _ask(self, texts: list[str]) -> list[dict[str, float]]:
-        self._lm = self._lm or _load(self.folder, self.domain)
         if self.samples:
-            return drawn_meanings(self._lm, texts, self.samples)
-        return [{said.words: 1.} for said in meaning(self._lm, texts, max_tokens=MAX_TOKENS)]
+            return drawn_meanings(self.lm, texts, self.samples)
+        return [{said.words: 1.} for said in meaning(self.lm, texts, max_tokens=MAX_TOKENS)]
 
 # %% ../../nbs/lm/72_reading.ipynb #ad128a27
 def keep_meanings(path: Path, meanings: dict[str, dict[str, float]], weights: str, samples: int = 0) -> None:
@@ -184,7 +193,8 @@ class GoalEncoder:
                  folder: str | Path = "",          # of its checkpoint; empty: the one that ships for its domain
                  domain: str = "",                 # whose model to load, if it is not given
                  batch_size: int = 64):
-        self._lm, self.folder, self.domain = lm, str(folder), lm.domain if lm is not None else domain
+        self._lm, self.domain = lm, lm.domain if lm is not None else domain
+        self.folder = Path(folder or (reading_folder(domain) if lm is None else SHIPPED/lm.domain))
         self.batch_size, self.known = batch_size, {}   # vectors by sentence
 
     @classmethod
@@ -218,7 +228,7 @@ class GoalEncoder:
             raise ValueError("no sentences to encode: expected at least one")
         new = sorted({*texts} - self.known.keys(), key=lambda t: (len(t), t))
         if new:
-            self._lm = self._lm or _load(self.folder, self.domain)
+            self._lm = self._lm or KalmLM.from_pretrained(self.folder)
             self._read(new)
         return np.stack([self.known[t] for t in texts])
 

@@ -24,6 +24,7 @@ from ..core.domain import Domain, domain
 from ..core.files import load_json, owned, sweep
 from ..lm.backbone import fetch_backbone
 from ..lm.model import SHIPPED, KalmLM
+from ..lm.reading import Reader
 from ..rl.encoder import SentenceEncoder
 from .figures import figures_stage
 from .folder import Run, Stopped, commit
@@ -168,12 +169,13 @@ def play_sentence(a: argparse.Namespace) -> None:
     d = domain(a.domain)
     own = a.run is not None and (a.run/"grounded"/"kalm.json").exists()
     lm = KalmLM.from_pretrained(a.run/"grounded") if own else KalmLM.grounded(d.name)
+    reader = lm if own else Reader(d.name).lm
     if a.command == "act":
         policy = load_policy(policy_of(a.run or Path("runs")/"quick", a.method))
         print(policy)
-        played = play_policy(policy, lm, d, a.text, a.n, a.seed)
+        played = play_policy(policy, reader, d, a.text, a.n, a.seed)
     else:
-        played = play_imagined(lm, d, a.text, a.n, a.seed or 0)
+        played = play_imagined(lm, d, a.text, a.n, a.seed or 0, reader=reader)
     print(played)
     name = "-".join(re.findall(r"[a-z0-9]+", a.text.lower()))[:60]
     strip, moving = a.strip or Path("runs")/"play"/f"{name}.png", a.gif or Path("runs")/"play"/f"{name}.gif"

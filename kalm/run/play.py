@@ -152,7 +152,8 @@ def _ended(r: Rollout) -> str:
 def play_imagined(lm: KalmLM, domain: Domain, text: str,
                   n: int = 4,                    # how many rollouts
                   seed: int = 0,                 # decides their starts
-                  threshold: float | None = None # see `understand`
+                  threshold: float | None = None, # see `understand`
+                  reader: KalmLM | None = None    # who reads the sentence; `lm` if not given
                  ) -> Played:
     """Imagine rollouts for a sentence and carry their actions out. `ValueError` for one that is not understood.
 
@@ -164,10 +165,13 @@ def play_imagined(lm: KalmLM, domain: Domain, text: str,
         decides their starts
     threshold
         see `understand`
+    reader
+        who reads the sentence; `lm` if not given
     """
-    understood = understand(lm, domain, text, threshold)
+    understood = understand(reader or lm, domain, text, threshold)
     goal = asked(domain, understood)
-    made = imagine(lm, domain, [goal], n, seed, parts=len(understood.goals) > 1, progress=False)
+    parts = {text: understood.goals} if understood.words else False
+    made = imagine(lm, domain, [goal], n, seed, parts=parts, progress=False)
     said = explain(lm, made) if getattr(domain, "words", None) is not None else ()
     return Played(understood, goal, made, replay(domain, made), said)
 
@@ -239,9 +243,9 @@ def frames_of(domain: Domain, played: Played, k: int = 0 # which rollout
 # %% ../../nbs/run/57_play.ipynb #e16c3076
 class Player:
     "Widgets around `play_imagined`, or around `play_policy` where a policy is given."
-    def __init__(self, lm: KalmLM, domain: Domain, policy=None, text: str = ""):
+    def __init__(self, lm: KalmLM, domain: Domain, policy=None, text: str = "", reader: KalmLM | None = None):
         import ipywidgets as w
-        self.lm, self.domain, self.policy, self.played = lm, domain, policy, None
+        self.lm, self.domain, self.policy, self.reader, self.played = lm, domain, policy, reader or lm, None
         self.box = w.Text(text or domain.goals(domain.levels[0])[0].text, layout=w.Layout(width="480px"))
         self.button, self.seed = w.Button(description="Go", button_style="primary"), 0
         self.told, self.picture = w.HTML(), w.Image(format="png")
@@ -262,8 +266,9 @@ class Player:
         "Play what stands in the box, from another start each time."
         self.told.value, self.button.disabled = "...", True
         try:
-            ask = (self.lm, self.domain, self.box.value, 1, self.seed)
-            self.played = play_policy(self.policy, *ask) if self.policy is not None else play_imagined(*ask)
+            ask = (self.domain, self.box.value, 1, self.seed)
+            self.played = (play_imagined(self.lm, *ask, reader=self.reader) if self.policy is None
+                           else play_policy(self.policy, self.reader, *ask))
             self.seed += 1
             self.frames = frames_of(self.domain, self.played)
             self.told.value = _html(str(self.played))
@@ -299,9 +304,9 @@ def _png(frame: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def player(lm: KalmLM, domain: Domain, policy=None, text: str = ""):
+def player(lm: KalmLM, domain: Domain, policy=None, text: str = "", reader: KalmLM | None = None):
     "A `Player`'s widget to show in a notebook; without `ipywidgets` a line that says how to get it."
     try:
-        return Player(lm, domain, policy, text).widget
+        return Player(lm, domain, policy, text, reader).widget
     except ImportError:
         return "the player needs ipywidgets: pip install ipywidgets. `play_imagined` does the same without"

@@ -28,7 +28,7 @@ from ..rl.replay import Replay
 from ..rl.train import TRAINING_FORMAT, Every
 from .folder import Run, Stopped, commit, device, need, set_aside, whole
 from .presets import Preset, Training
-from .stages import checkpoint_of, grounded_lm, real_rollouts
+from .stages import checkpoint_of, grounded_lm, reader_of, real_rollouts
 from .workers import in_processes
 from ..tensors.store import load_state, load_tensors, read_about, read_header, save_tensors
 
@@ -128,10 +128,9 @@ def encoder_of(run: Run) -> Encoder:
     own, goals = SentenceEncoder(cache=run.out/"sentences"), run.preset.mixing.goals
     if goals == "sentence":
         return _kept(own, sentences_of(run))
-    folder = checkpoint_of(run)
     if goals == "vector":
-        return _with_vectors(run, GoalEncoder(folder=folder, domain=run.domain.name))
-    reader = Reader(run.domain.name, folder, DRAWN if goals == "doubt" else 0, cache=run.out/"sentences"/"meanings")
+        return _with_vectors(run, GoalEncoder(folder=checkpoint_of(run), domain=run.domain.name))
+    reader = reader_of(run, DRAWN if goals == "doubt" else 0)
     told = reader.read(sentences_of(run))
     _kept(own, [*sentences_of(run), *sorted({words for answers in told for words in answers} - {""})])
     return Retold(reader, own, both=goals == "both")

@@ -22,9 +22,9 @@ from ..lm.ground import STATE_FORMAT, ground
 from ..lm.generate import Imagination, generate
 from ..lm.imagine import imagine_filtered
 from ..lm.model import KalmLM, read_checkpoint_header
-from ..lm.parts import imagine_by_parts
+from ..lm.parts import imagine_by_parts, parts_of
 from ..lm.quality import quality, repair_unreal
-from ..lm.reading import weights_of
+from ..lm.reading import Reader, weights_of
 from ..lm.settings import GroundConfig, TaskWeights
 from .folder import Run, Stopped, device, need, set_aside, whole
 from .presets import Imagined
@@ -33,7 +33,7 @@ from ..tensors.store import digest_of_tensors, fast_dtype, load_state, load_tens
 
 # %% auto #0
 __all__ = ['SHARD', 'collect_stage', 'real_rollouts', 'cloning_only', 'ground_stage', 'check_grounded', 'checkpoint_of',
-           'grounded_lm', 'imagine_stage', 'imagine_shard']
+           'reader_of', 'grounded_lm', 'imagine_stage', 'imagine_shard']
 
 # %% ../../nbs/run/30_stages.ipynb #422193b4
 def collect_stage(run: Run) -> None:
@@ -114,6 +114,11 @@ def checkpoint_of(run: Run) -> str | Path:
     return need(run.out/"grounded"/"model.safetensors", "ground").parent
 
 
+def reader_of(run: Run, samples: int = 0) -> Reader:
+    "Who reads sentences for the run: its grounded model, or the one that ships to read; what it read stays in the run."
+    return Reader(run.domain.name, checkpoint_of(run), samples, cache=run.out/"sentences"/"meanings")
+
+
 def grounded_lm(run: Run, name: str = "grounded") -> KalmLM:
     "The run's language model (or its `lm-bc`), ready to generate."
     tiny = run.preset.ground.backbone == TINY_BACKBONE
@@ -132,8 +137,9 @@ def imagine_stage(run: Run) -> None:
     lm = None
     for level, plan in run.preset.imagined.items():
         folder = run.out/"imagined"/level
-        claim(folder, dict(model=weights_of(checkpoint_of(run), run.domain.name)), "imagined rollouts",
-              "imagined_by.json")
+        models = dict(model=weights_of(checkpoint_of(run), run.domain.name))
+        models |= dict(reader=reader_of(run).weights) if plan.parts else {}
+        claim(folder, models, "imagined rollouts", "imagined_by.json")
         if not whole(_imagined_level, folder):
             lm = lm or grounded_lm(run)
             _imagine_level(run, lm, level, plan, folder)
@@ -252,5 +258,9 @@ def _imagined_now(run: Run, lm: KalmLM, goals: list[Goal], plan: Imagined, index
                            tries=max(1, plan.tries), progress=False)
     if plan.tries:
         return imagine_filtered(lm, run.domain, goals, index, states, seeds, settings)
-    make = imagine_by_parts if plan.parts else generate
-    return make(lm, run.domain, goals, index, states, seeds, settings), np.ones(len(index), bool)
+    request = lm, run.domain, goals, index, states, seeds, settings
+    if not plan.parts:
+        return generate(*request), np.ones(len(index), bool)
+    texts = sorted({goals[i].text for i in index})
+    plans = dict(zip(texts, parts_of(reader_of(run), run.domain, texts)))
+    return imagine_by_parts(*request, plans), np.ones(len(index), bool)

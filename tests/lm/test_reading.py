@@ -79,7 +79,7 @@ def test_a_sentence_is_read_once(lively, saved, tmp_path, monkeypatch):
 def test_readers_of_other_models_or_other_ways_share_nothing(lively, saved, tmp_path):
     one = Reader("line", saved, cache=tmp_path / "kept")
     keep_meanings(one.kept / "made.json", {TEXTS[0]: {"made up": 1.}}, one.weights)
-    assert one.read(TEXTS[:1]) == [{"made up": 1.}] and one._lm is None
+    assert one.read(TEXTS[:1]) == [{"made up": 1.}] and "lm" not in vars(one)
     assert Reader("line", saved, samples=2, cache=tmp_path / "kept").read(TEXTS[:1]) != one.read(TEXTS[:1])
     with torch.no_grad():
         next(iter(lively.own_parameters().values())).add_(1)
@@ -95,7 +95,7 @@ def test_a_damaged_memory_is_read_anew(damage, lively, saved, tmp_path):
     changed = path.read_bytes().replace(b"Please go left.", b"Please go lest.")
     path.write_bytes(changed if damage is None else damage)
     again = Reader("line", saved, cache=tmp_path / "kept")
-    assert again.read(TEXTS) == read and again._lm is not None
+    assert again.read(TEXTS) == read and "lm" in vars(again)
 
 
 def test_meanings_that_ship_need_no_model(lively, saved, tmp_path, monkeypatch):
@@ -103,8 +103,23 @@ def test_meanings_that_ship_need_no_model(lively, saved, tmp_path, monkeypatch):
     lively.save_pretrained(tmp_path / "ships" / "line", dtype=None)
     reader = Reader("line", cache=tmp_path / "kept")
     keep_meanings(tmp_path / "ships" / "line" / "meanings.json", {"Go.": {"left": 1.}}, reader.weights)
-    assert reader.read(["Go."]) == [{"left": 1.}] and reader._lm is None
+    assert reader.read(["Go."]) == [{"left": 1.}] and "lm" not in vars(reader)
     assert not reader.kept.exists()
+
+
+def test_who_went_on_reading_reads(lively, saved, tmp_path, monkeypatch):
+    "Of the two checkpoints that may ship for a domain the one that was grounded further in texts."
+    monkeypatch.setattr(reading, "SHIPPED", tmp_path / "ships")
+    lively.save_pretrained(tmp_path / "ships" / "line", dtype=None)
+    first = Reader("line")
+    with torch.no_grad():
+        next(iter(lively.own_parameters().values())).add_(1)
+    lively.save_pretrained(tmp_path / "ships" / "line" / "reader", dtype=None)
+    second = Reader("line")
+    assert second.folder == first.folder / "reader" and second.weights != first.weights
+    assert Reader.from_spec(first.spec()).folder == first.folder
+    assert Reader.from_spec(second.spec()).folder == second.folder
+    assert GoalEncoder(domain="line").spec()["weights"] == second.weights
 
 
 def test_a_reader_is_found_by_its_weights_wherever_it_lies(lively, saved, tmp_path):
@@ -112,7 +127,7 @@ def test_a_reader_is_found_by_its_weights_wherever_it_lies(lively, saved, tmp_pa
     assert spec == dict(domain="line", samples=0, weights=sha256(saved / "model.safetensors")[:24])
     moved = saved.rename(tmp_path / "moved")
     (tmp_path / "empty").mkdir()
-    assert Reader.from_spec(spec, [tmp_path / "empty", moved]).folder == str(moved)
+    assert Reader.from_spec(spec, [tmp_path / "empty", moved]).folder == moved
     with pytest.raises(FileNotFoundError, match="neither the one that ships nor in .*empty"):
         Reader.from_spec(spec, [tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -142,7 +157,7 @@ def test_a_goal_encoder_is_found_by_its_weights_wherever_its_model_lies(lively, 
     spec = encoder.spec()
     assert spec == dict(type="grounded", domain="line", weights=sha256(saved/"model.safetensors")[:24])
     again = GoalEncoder.from_spec(spec, [tmp_path, saved])
-    assert again._lm is None   # nobody had to read
+    assert "lm" not in vars(again)   # nobody had to read
     np.testing.assert_allclose(again.encode(["Go."]), encoder.encode(["Go."]), atol=1e-5)
     with pytest.raises(ValueError, match="type 'sentence'"):
         GoalEncoder.from_spec(dict(type="sentence"))

@@ -1,0 +1,41 @@
+"""Ground a model further in texts about places, so that it reads: the checkpoint that ships in `grounded/clevr/reader`.
+
+    python experiments/ground_reader.py --out runs/reader/1 --steps 450 --scenes 2.5 --lr 1.5e-3
+    python experiments/ground_reader.py --out runs/reader/2 --steps 480 --scenes 4 --start runs/reader/1 --seed 2
+
+`--start pretrained` begins with the backbone as it comes, `--start random` with random weights: what does each know?
+A run that was stopped continues.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import kalm
+from kalm.run.presets import preset
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--start", default="shipped", help="shipped, pretrained, random, or the folder of a checkpoint")
+    p.add_argument("--steps", type=int, default=450)
+    p.add_argument("--scenes", type=float, default=4., help="texts a rollout and epoch")
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seed", type=int, default=1, help="of the order of examples")
+    p.add_argument("--rollouts", type=int, default=12_800)
+    p.add_argument("--max-minutes", type=float, help="stop cleanly after this long")
+    return p.parse_args()
+
+
+def main() -> None:
+    a, clevr = arguments(), kalm.domain("clevr")
+    real = kalm.collect(clevr, clevr.goals("offline"), a.rollouts, policy="medium", seed=1, out=a.out.parent / "data")
+    begin = dict(scratch=True) if a.start == "random" else dict(start="" if a.start == "pretrained" else a.start)
+    config = replace(preset(clevr, "checkpoint").ground, steps=a.steps, scenes=a.scenes, lr=a.lr, head_lr=1e-3,
+                     seed=a.seed, bf16=False, checkpoint_every=50, **begin)
+    kalm.ground(clevr, real, config, a.out, max_minutes=a.max_minutes)
+
+
+if __name__ == "__main__":
+    main()
