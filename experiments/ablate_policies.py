@@ -5,6 +5,7 @@
 
 A variant differs in one respect from the preset of the run (`paper` and `paper_cql` in everything that we do otherwise)
 and learns from the run's real and imagined rollouts, with as many gradient steps (`short` with an eighth as many).
+Policies are told sentences, as the paper's are, except those of `told_*`, which go to results/told.csv.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
 from kalm.run.folder import Run, commit, need
 from kalm.run.policies import Job, datasets, evaluate_policy, jobs, rows_of, train_job
-from kalm.run.presets import GOALS, OURS, Mixing, Training, preset
+from kalm.run.presets import GOALS, Mixing, Training, preset
+from kalm.run.presets import OURS as PRESETS
 from kalm.run.workers import in_processes
 
 OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
 PAPERS = Mixing()
+OURS = replace(PRESETS, goals="sentence")   # what most rows were measured with
 
 
 def some(share: float) -> Callable[[Rollouts, str], Rollouts]:
@@ -74,7 +77,10 @@ VARIANTS = dict(
     beta=Variant(BC(beta=.5, temperature=.2)),
     within_1=mixed(last_steps=1), within_4=mixed(last_steps=4), within_all=mixed(last_steps=0),
     no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.),
+    whitening_little=mixed(whitening=.01),
     **{f"told_{goals}": mixed(goals=goals) for goals in GOALS if goals != OURS.goals},
+    **{f"told_{goals}_{name}": mixed(goals=goals, whitening=whitening) for goals in ("meaning", "both")
+       for name, whitening in (("raw", 0.), ("little", .01))},
     apart=mixed(policy_per_level=True),
     imagined_4=Variant(imagined=lambda r, level: r[r.success].last(4)),
     imagined_won=Variant(imagined=lambda r, level: r[r.success]),

@@ -1,6 +1,6 @@
 """Ask a model what sentences mean: results/understanding.csv, a row a model, level and kind of sentence.
 
-    python experiments/ask_meanings.py NAME [--model shipped|FOLDER] [--levels rephrase] [--each 64] [--answers FILE]
+    python experiments/ask_meanings.py NAME [--model reader|shipped|FOLDER] [--levels rephrase] [--answers FILE]
     python experiments/ask_meanings.py plain --few-shot 6 [--scratch]      the backbone alone, shown a few examples
 
 `right` counts key words that say what the goal asks for; `sure` is how sure the model was of them, on average, and
@@ -21,9 +21,8 @@ import kalm
 from kalm.clevr.goals import COMPASS, SIDES, WHERE
 from kalm.core.files import numpy_rng
 from kalm.core.goals import Goal
-from kalm.lm.explain import meaning
-from kalm.lm.model import KalmLM
-from kalm.lm.reading import weights_of
+from kalm.lm.model import SHIPPED, KalmLM
+from kalm.lm.reading import checked_meanings, reading_folder, weights_of
 
 
 def by_kind(level: str, each: int) -> dict[str, list[Goal]]:
@@ -36,13 +35,17 @@ def by_kind(level: str, each: int) -> dict[str, list[Goal]]:
     return {kind: [goals[i] for i in np.sort(rng.permutation(len(goals))[:each])] for kind, goals in kinds.items()}
 
 
+def folder_of(model: str) -> Path:
+    return {"reader": reading_folder("clevr"), "shipped": SHIPPED / "clevr"}.get(model, Path(model))
+
+
 def grounded(a: argparse.Namespace):
     "How a grounded model answers: key words, how sure, whether right."
     d = kalm.domain("clevr")
-    lm = KalmLM.grounded("clevr") if a.model == "shipped" else KalmLM.from_pretrained(a.model)
+    lm = KalmLM.from_pretrained(folder_of(a.model))
 
     def ask(goals: list[Goal]) -> list[tuple[str, float, bool]]:
-        said = meaning(lm, [goal.text for goal in goals], max_tokens=32)
+        said = checked_meanings(lm, [goal.text for goal in goals], d.words.names if a.checked else ())
         return [(m.words, m.sure, d.words.agree(d.words.meaning(g), m.words)) for g, m in zip(goals, said)]
     return ask
 
@@ -83,9 +86,10 @@ def few_shot(a: argparse.Namespace):
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("name", help="of the row")
-    p.add_argument("--model", default="shipped", help="shipped, or the folder of a checkpoint")
+    p.add_argument("--model", default="reader", help="reader, shipped (who imagines), or the folder of a checkpoint")
     p.add_argument("--levels", nargs="+", default=["rephrase"])
     p.add_argument("--each", type=int, default=64, help="sentences of a kind")
+    p.add_argument("--checked", action="store_true", help="ask again where the answer names other balls")
     p.add_argument("--few-shot", type=int, default=0, help="ask the backbone alone, shown this many examples")
     p.add_argument("--scratch", action="store_true", help="random weights in place of the backbone's own")
     p.add_argument("--answers", type=Path, help="keep every answer in this file")
@@ -95,7 +99,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = arguments()
-    weights = "" if a.few_shot else weights_of("" if a.model == "shipped" else a.model, "clevr")
+    weights = "" if a.few_shot else weights_of(folder_of(a.model), "clevr")
     ask, kept = None, []
     for level in a.levels:
         for kind, goals in by_kind(level, a.each).items():

@@ -184,6 +184,7 @@ PROMPTS = {  # before what is shown, and after it
 class ClevrWords(Words):
     "Captions, questions and meanings of CLEVR-Robot, see the functions of the same names in this module."
     prompts = PROMPTS
+    names = COLOURS
 
     def caption(self, state: np.ndarray, next_state: np.ndarray) -> str:
         "The ball that moved the farthest and the side it moved to, or `nothing`."

@@ -191,6 +191,8 @@ class Words:
     A *meaning* is a few key words: `red blue left` for *put the red ball to the left of the blue one*."""
     # task -> wordings before and after what is shown, see `kalm.lm.sequences`
     prompts: Mapping[str, tuple[tuple[str, str], ...]] = {}
+    # key words that a sentence has to name where it means them, as colours of balls: a reading is checked by them
+    names: tuple[str, ...] = ()
 
     def caption(self, state: np.ndarray, next_state: np.ndarray) -> str:
         "What happened in one step, (S,) to (S,); empty: nothing can be said."

@@ -5,6 +5,7 @@
 # %% ../../nbs/lm/72_reading.ipynb #7125f532
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -16,13 +17,13 @@ import torch
 from ..core.files import cache_dir, digest_of, load_json, numpy_rng, save_json, sha256
 from ..core.settings import whole_number
 from .decode import UncachedDecoder
-from .explain import Speaking, check_texts, meaning, meaning_prompt
+from .explain import Meaning, Speaking, check_texts, meaning, meaning_prompt
 from .model import SHIPPED, KalmLM
 from .sequences import Writer
 
 # %% auto #0
-__all__ = ['MAX_TOKENS', 'drawn_meanings', 'reading_folder', 'weights_of', 'find_checkpoint', 'Reader', 'keep_meanings',
-           'GoalEncoder']
+__all__ = ['MAX_TOKENS', 'AGAIN', 'drawn_meanings', 'reading_folder', 'weights_of', 'find_checkpoint', 'checked_meanings',
+           'Reader', 'keep_meanings', 'GoalEncoder']
 
 # %% ../../nbs/lm/72_reading.ipynb #d6697211
 MAX_TOKENS = 32  # of an answer: key words of three things at once
@@ -88,6 +89,35 @@ def find_checkpoint(domain: str, weights: str, folders: Sequence[str | Path]) ->
                             f"{', '.join(map(str, folders)) or 'a folder given'}: moved, or grounded again since")
 
 
+# %% ../../nbs/lm/72_reading.ipynb #c8d99f39
+AGAIN = 16   # answers drawn where the first one cannot be right
+
+
+def checked_meanings(lm: KalmLM, texts: Sequence[str],
+                     names: Iterable[str] = (),   # key words that a sentence names where it means them
+                     again: int = AGAIN) -> list[Meaning]:
+    """`meaning`, asked again where the answer names other things than the sentence does.
+
+    `sure` of an answer to the second question is its share of all answers. `ValueError` for a blank sentence.
+
+    Parameters
+    ----------
+    names
+        key words that a sentence names where it means them
+    """
+    said, names = meaning(lm, texts, max_tokens=MAX_TOKENS), frozenset(names)
+    wrong = [k for k, m in enumerate(said) if not _names_alike(texts[k], m.words, names)]
+    for k, shares in zip(wrong, drawn_meanings(lm, [texts[k] for k in wrong], again)):
+        fits = [Meaning(words, share) for words, share in shares.items() if _names_alike(texts[k], words, names)]
+        said[k] = fits[0] if fits else said[k]
+    return said
+
+
+def _names_alike(text: str, words: str, names: frozenset[str]) -> bool:
+    "Whether both name the same things; a sentence that names nothing tells nothing."
+    named = names.intersection(re.findall(r"\w+", text.lower()))
+    return not named or named == names.intersection(words.replace(";", " ").split())
+
 # %% ../../nbs/lm/72_reading.ipynb #cb5515aa
 class Reader:
     """What a grounded model takes sentences to mean; each is read once, and remembered on disk.
@@ -99,18 +129,21 @@ class Reader:
     folder
         of a checkpoint; empty: the one that ships to read for the domain
     samples
-        answers drawn for each sentence; 0: the greedy one, with share 1
+        answers drawn for each sentence; 0: the likeliest, with share 1
+    names
+        see `checked_meanings`
     cache
         where meanings are kept; kalm's cache folder if not given
     """
     def __init__(self, domain: str,                # whose sentences
                  folder: str | Path = "",          # of a checkpoint; empty: the one that ships to read for the domain
-                 samples: int = 0,                 # answers drawn for each sentence; 0: the greedy one, with share 1
+                 samples: int = 0,                 # answers drawn for each sentence; 0: the likeliest, with share 1
+                 names: Iterable[str] = (),        # see `checked_meanings`
                  cache: str | Path | None = None): # where meanings are kept; kalm's cache folder if not given
-        self.domain, self.samples = domain, whole_number("samples", samples, 0)
+        self.domain, self.samples, self.names = domain, whole_number("samples", samples, 0), sorted(names)
         self.folder = Path(folder or reading_folder(domain))
         self.weights = weights_of(self.folder, domain)
-        self.kept = Path(cache or cache_dir()/"meanings")/f"{self.weights}-{self.samples}"
+        self.kept = Path(cache or cache_dir()/"meanings")/digest_of(self.spec())[:24]
         self._known: dict[str, dict[str, float]] | None = None
 
     @classmethod
@@ -124,11 +157,12 @@ class Reader:
         folders
             where its model may lie, besides the shipped ones
         """
-        return cls(spec["domain"], find_checkpoint(spec["domain"], spec["weights"], folders), spec["samples"], cache)
+        folder = find_checkpoint(spec["domain"], spec["weights"], folders)
+        return cls(spec["domain"], folder, spec["samples"], spec["names"], cache)
 
     def spec(self) -> dict:
         "As JSON: which model reads, and how. Where its files lie does not matter."
-        return dict(domain=self.domain, samples=self.samples, weights=self.weights)
+        return dict(domain=self.domain, samples=self.samples, names=self.names, weights=self.weights)
 
     def read(self, texts: Sequence[str]) -> list[dict[str, float]]: # share of each answer; they sum to 1
         """For each sentence its key words. `ValueError` for a blank sentence.
@@ -140,11 +174,11 @@ class Reader:
         """
         if self._known is None:
             self._known = _remembered([self.folder/"meanings.json", *sorted(self.kept.glob("*.json"))],
-                                      self.weights, self.samples)
+                                      self.spec())
         new = [text for text in dict.fromkeys(check_texts(texts)) if text not in self._known]
         if new:
             answers = dict(zip(new, self._ask(new)))
-            keep_meanings(self.kept/f"{digest_of(new)[:24]}.json", answers, self.weights, self.samples)
+            keep_meanings(self.kept/f"{digest_of(new)[:24]}.json", answers, self.spec())
             self._known |= answers
         return [self._known[text] for text in texts]
 
@@ -156,25 +190,33 @@ class Reader:
     def _ask(self, texts: list[str]) -> list[dict[str, float]]:
         if self.samples:
             return drawn_meanings(self.lm, texts, self.samples)
-        return [{said.words: 1.} for said in meaning(self.lm, texts, max_tokens=MAX_TOKENS)]
+        return [{said.words: 1.} for said in checked_meanings(self.lm, texts, self.names)]
 
 # %% ../../nbs/lm/72_reading.ipynb #ad128a27
-def keep_meanings(path: Path, meanings: dict[str, dict[str, float]], weights: str, samples: int = 0) -> None:
-    "Store what the model with these weights said."
-    save_json(path, dict(weights=weights, samples=samples, digest=digest_of(meanings), meanings=meanings))
+def keep_meanings(path: Path, meanings: dict[str, dict[str, float]],
+                  reader: dict   # `Reader.spec()`
+                 ) -> None:
+    """Store what a reader said.
+
+    Parameters
+    ----------
+    reader
+        `Reader.spec()`
+    """
+    save_json(path, dict(reader=reader, digest=digest_of(meanings), meanings=meanings))
 
 
-def _remembered(paths: Iterable[Path], weights: str, samples: int) -> dict[str, dict[str, float]]:
+def _remembered(paths: Iterable[Path], reader: dict) -> dict[str, dict[str, float]]:
     known = {}
     for path in paths:
         try:
             kept = load_json(path)
-            whole = kept["digest"] == digest_of(kept["meanings"])
-            right = whole and (kept["weights"], kept["samples"]) == (weights, samples)
+            right = kept["digest"] == digest_of(kept["meanings"]) and kept["reader"] == reader
         except (OSError, ValueError, KeyError, TypeError):
             continue
         known |= kept["meanings"] if right else {}
     return known
+
 
 # %% ../../nbs/lm/72_reading.ipynb #d60b7522
 class GoalEncoder:

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -17,10 +15,11 @@ from ..core.domain import Domain
 from ..core.episodes import evaluate, replay
 from ..core.goals import Goal
 from ..core.rollouts import Rollout, Rollouts
-from ..lm.explain import calibrate, explain, meaning
+from ..lm.explain import calibrate, explain
 from ..lm.imagine import imagine
 from ..lm.model import KalmLM
 from ..lm.parts import named_goals
+from ..lm.reading import checked_meanings
 from .strips import compare_strip, film_strip, rollout_frames, step_text
 
 # %% auto #0
@@ -78,23 +77,11 @@ def understand(lm: KalmLM, domain: Domain, text: str,
     if threshold is None:
         lm.sure = calibrate(lm, domain) if lm.sure is None else lm.sure
         threshold = lm.sure
-    [said] = meaning(lm, [text], max_tokens=32)
-    expected = [word for word in dict.fromkeys(said.words.split()) if word in _always_said(domain)]
+    [said] = checked_meanings(lm, [text], domain.words.names)
+    expected = [word for word in dict.fromkeys(said.words.replace(";", " ").split()) if word in domain.words.names]
     unsaid = tuple(word for word in expected if word not in _words_of(text))
     goals = named_goals(domain, said.words) if said.sure >= threshold and not unsaid else []
     return Understood(text, said.words, said.sure, tuple(goals), unsaid)
-
-
-@lru_cache(maxsize=8)
-def _always_said(domain: Domain) -> frozenset[str]:
-    "Key words that every sentence of the domain names where it means them, as colours of balls."
-    meant, said = Counter(), Counter()
-    for level in domain.levels:
-        for goal in domain.goals(level) if level not in getattr(domain, "judged_only", ()) else ():
-            words = {*domain.words.meaning(goal).replace(";", " ").split()}
-            meant.update(words)
-            said.update(words & _words_of(goal.text))
-    return frozenset(w for w in meant if said[w] == meant[w])
 
 
 def _words_of(text: str) -> set[str]:

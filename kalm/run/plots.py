@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -117,12 +117,17 @@ def methods_in(rows: Iterable[dict]) -> list[str]:
 
 def levels_in(rows: Sequence[dict]) -> list[str]:
     "The levels of these rows in their domain's order, or in the order of first mention."
-    seen = list(dict.fromkeys(r["level"] for r in rows))
+    return _ordered(rows, [r["level"] for r in rows], lambda d: d.levels)
+
+
+def _ordered(rows: Sequence[dict], names: Iterable[str], known: Callable) -> list[str]:
+    "Names, each once: first those that are `known` of the rows' domain, in that order."
+    seen = dict.fromkeys(names)
     try:
-        order = list(domain(rows[0].get("domain", "")).levels)
+        order = dict.fromkeys(known(domain(rows[0].get("domain", ""))))
     except (ValueError, ImportError):   # a domain that only its maker knows
-        order = []
-    return [level for level in order if level in seen] + [level for level in seen if level not in order]
+        order = {}
+    return [name for name in order if name in seen] + [name for name in seen if name not in order]
 
 
 def _chosen(rows: Sequence[dict], levels: Sequence[str] | None) -> list[str]:
@@ -190,8 +195,9 @@ def results_table(rows: Sequence[dict],                # of results.csv, from on
 
 # %% ../../nbs/run/50_plots.ipynb #183cf8e5
 def kinds_in(rows: Sequence[dict], level: str) -> list[str]:
-    "The kinds of sentences that a level's rows tell apart, in the order of first mention."
-    return list(dict.fromkeys(r["kind"] for r in rows if r["level"] == level and r.get("kind")))
+    "The kinds of sentences that a level's rows tell apart, in their domain's order, or in the order of first mention."
+    told = [r["kind"] for r in rows if r["level"] == level and r.get("kind")]
+    return _ordered(rows, told, lambda d: [goal.kind for goal in d.goals(level)])
 
 
 def kinds_table(rows: Sequence[dict], level: str,  # of results.csv, from one run

@@ -159,7 +159,7 @@ TINY_GROUND = GroundConfig(backbone=TINY_BACKBONE, adapter=Adapter(rank=4), step
                            checkpoint_every=3, log_every=2)
 
 # %% ../../nbs/run/10_presets.ipynb #eeb88b33
-OURS = Mixing(last_steps=2, augment=400_000, imagined_fraction=.25, whitening=.5, goals="meaning")
+OURS = Mixing(last_steps=2, augment=400_000, imagined_fraction=.25, whitening=.01, goals="both")
 
 
 def ours(steps: int) -> tuple[Training, ...]:
@@ -215,7 +215,7 @@ def generic(d: Domain) -> dict[str, Preset]:
     "`smoke` and `quick` for a domain that has no presets of its own."
     filtered = getattr(d, "words", None) is not None
     copies = 100_000 if hasattr(d, "symmetries") else 0
-    mixing = Mixing(augment=copies, imagined_fraction=.25, whitening=.5)
+    mixing = Mixing(augment=copies, imagined_fraction=.25, whitening=.01)
 
     def levels(n: int, tries: int) -> dict[str, Imagined]:
         return {level: Imagined(n, tries=tries if filtered else 0) for level in novel_levels(d)}

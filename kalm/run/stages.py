@@ -116,7 +116,8 @@ def checkpoint_of(run: Run) -> str | Path:
 
 def reader_of(run: Run, samples: int = 0) -> Reader:
     "Who reads sentences for the run: its grounded model, or the one that ships to read; what it read stays in the run."
-    return Reader(run.domain.name, checkpoint_of(run), samples, cache=run.out/"sentences"/"meanings")
+    names = getattr(getattr(run.domain, "words", None), "names", ())
+    return Reader(run.domain.name, checkpoint_of(run), samples, names, cache=run.out/"sentences"/"meanings")
 
 
 def grounded_lm(run: Run, name: str = "grounded") -> KalmLM:

@@ -78,7 +78,7 @@ def test_a_sentence_is_read_once(lively, saved, tmp_path, monkeypatch):
 
 def test_readers_of_other_models_or_other_ways_share_nothing(lively, saved, tmp_path):
     one = Reader("line", saved, cache=tmp_path / "kept")
-    keep_meanings(one.kept / "made.json", {TEXTS[0]: {"made up": 1.}}, one.weights)
+    keep_meanings(one.kept / "made.json", {TEXTS[0]: {"made up": 1.}}, one.spec())
     assert one.read(TEXTS[:1]) == [{"made up": 1.}] and "lm" not in vars(one)
     assert Reader("line", saved, samples=2, cache=tmp_path / "kept").read(TEXTS[:1]) != one.read(TEXTS[:1])
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_meanings_that_ship_need_no_model(lively, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "SHIPPED", tmp_path / "ships")
     lively.save_pretrained(tmp_path / "ships" / "line", dtype=None)
     reader = Reader("line", cache=tmp_path / "kept")
-    keep_meanings(tmp_path / "ships" / "line" / "meanings.json", {"Go.": {"left": 1.}}, reader.weights)
+    keep_meanings(tmp_path / "ships" / "line" / "meanings.json", {"Go.": {"left": 1.}}, reader.spec())
     assert reader.read(["Go."]) == [{"left": 1.}] and "lm" not in vars(reader)
     assert not reader.kept.exists()
 
@@ -124,7 +124,7 @@ def test_who_went_on_reading_reads(lively, saved, tmp_path, monkeypatch):
 
 def test_a_reader_is_found_by_its_weights_wherever_it_lies(lively, saved, tmp_path):
     spec = Reader("line", saved).spec()
-    assert spec == dict(domain="line", samples=0, weights=sha256(saved / "model.safetensors")[:24])
+    assert spec == dict(domain="line", samples=0, names=[], weights=sha256(saved / "model.safetensors")[:24])
     moved = saved.rename(tmp_path / "moved")
     (tmp_path / "empty").mkdir()
     assert Reader.from_spec(spec, [tmp_path / "empty", moved]).folder == moved
