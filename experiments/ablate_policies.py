@@ -77,10 +77,9 @@ VARIANTS = dict(
     beta=Variant(BC(beta=.5, temperature=.2)),
     within_1=mixed(last_steps=1), within_4=mixed(last_steps=4), within_all=mixed(last_steps=0),
     no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.),
-    whitening_little=mixed(whitening=.01),
+    whitening_half=mixed(whitening=.5),
     **{f"told_{goals}": mixed(goals=goals) for goals in GOALS if goals != OURS.goals},
-    **{f"told_{goals}_{name}": mixed(goals=goals, whitening=whitening) for goals in ("meaning", "both")
-       for name, whitening in (("raw", 0.), ("little", .01))},
+    told_both_half=mixed(goals="both", whitening=.5),
     apart=mixed(policy_per_level=True),
     imagined_4=Variant(imagined=lambda r, level: r[r.success].last(4)),
     imagined_won=Variant(imagined=lambda r, level: r[r.success]),

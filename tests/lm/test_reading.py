@@ -9,7 +9,7 @@ from worlds import line
 import kalm.lm.reading as reading
 from kalm.core.files import sha256
 from kalm.lm.decode import CachedDecoder
-from kalm.lm.explain import meaning, meaning_prompt
+from kalm.lm.explain import Meaning, meaning, meaning_prompt
 from kalm.lm.model import TEXT
 from kalm.lm.reading import GoalEncoder, Reader, drawn_meanings, keep_meanings
 from kalm.lm.sequences import MEANING, Writer
@@ -132,6 +132,27 @@ def test_a_reader_is_found_by_its_weights_wherever_it_lies(lively, saved, tmp_pa
         Reader.from_spec(spec, [tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Reader("line", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("first, drawn, wanted", [
+    ("red blue left", {}, ("red blue left", .9)),                                # names what the sentence names
+    ("red left", {"red cyan left": .5, "blue red left": .3}, ("blue red left", .3)),
+    ("red red left", {"mumble": .6, "red blue left": .2, "red blue right": .1}, ("red blue left", .2)),
+    ("red cyan left", {"cyan": 1.}, ("red cyan left", .9)),                      # nothing better was said
+])
+def test_a_reading_names_what_the_sentence_names(first, drawn, wanted, monkeypatch):
+    monkeypatch.setattr(reading, "meaning", lambda lm, texts, **kw: [Meaning(first, .9)] * len(texts))
+    monkeypatch.setattr(reading, "drawn_meanings", lambda lm, texts, n: [drawn] * len(texts))
+    text = "Red, to Blue's left."
+    assert reading.checked_meanings(None, [text], ("red", "blue", "cyan")) == [Meaning(*wanted)]
+    assert reading.checked_meanings(None, [text]) == [Meaning(first, .9)]                # nothing is a name
+    assert reading.checked_meanings(None, ["That way."], ("red", "blue")) == [Meaning(first, .9)]
+
+
+def test_readers_that_check_otherwise_share_nothing(lively, saved, tmp_path):
+    plain, strict = (Reader("line", saved, names=names, cache=tmp_path / "kept") for names in ((), ("left", "right")))
+    assert plain.kept != strict.kept and strict.spec()["names"] == ["left", "right"]
+    assert Reader.from_spec(strict.spec(), [saved]).spec() == strict.spec()
 
 
 # ---------------------------------------------------------------- goals as vectors
