@@ -29,7 +29,7 @@ from kalm.run.workers import in_processes
 
 OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
 PAPERS = Mixing()
-OURS = replace(PRESETS, goals="sentence")   # what most rows were measured with
+OURS = replace(PRESETS, goals="sentence", whitening=.01)   # most rows are about policies that are told sentences
 
 
 def some(share: float) -> Callable[[Rollouts, str], Rollouts]:
@@ -70,6 +70,10 @@ def mixed(**change) -> Variant:
     return Variant(mixing=replace(OURS, **change))
 
 
+def told(algorithm: BC | CQL, goals: str, whitening: float) -> Variant:
+    return Variant(algorithm, replace(OURS, goals=goals, whitening=whitening))
+
+
 VARIANTS = dict(
     base=Variant(), cql=Variant(OUR_CQL), paper=Variant(BC(), PAPERS),
     paper_cql=Variant(CQL(lr=OUR_CQL.lr, target_every=OUR_CQL.target_every), PAPERS),
@@ -79,7 +83,8 @@ VARIANTS = dict(
     no_symmetric=mixed(augment=0), whitening_none=mixed(whitening=0.),
     whitening_half=mixed(whitening=.5),
     **{f"told_{goals}": mixed(goals=goals) for goals in GOALS if goals != OURS.goals},
-    told_both_half=mixed(goals="both", whitening=.5),
+    told_meaning_half=mixed(goals="meaning", whitening=.5), cql_told_meaning=told(OUR_CQL, "meaning", .01),
+    cql_told_meaning_half=told(OUR_CQL, "meaning", .5), cql_told_both=told(OUR_CQL, "both", .01),
     apart=mixed(policy_per_level=True),
     imagined_4=Variant(imagined=lambda r, level: r[r.success].last(4)),
     imagined_won=Variant(imagined=lambda r, level: r[r.success]),
