@@ -21,6 +21,7 @@ import kalm
 from kalm.clevr.goals import COMPASS, SIDES, WHERE
 from kalm.core.files import numpy_rng
 from kalm.core.goals import Goal
+from kalm.lm.backbone import load_backbone
 from kalm.lm.model import SHIPPED, KalmLM
 from kalm.lm.reading import checked_meanings, reading_folder, weights_of
 
@@ -57,19 +58,15 @@ def place(goal: Goal, side: int) -> str:
 
 def few_shot(a: argparse.Namespace):
     "How the backbone alone answers, shown taught sentences: the place of four whose words are the likeliest."
-    lm = KalmLM.from_pretrained("smollm2-135m", state_dim=10, codec=kalm.domain("clevr").codec, scratch=a.scratch)
+    model, tokenizer = load_backbone("smollm2-135m", scratch=0 if a.scratch else None)
     taught = kalm.domain("clevr").goals("offline")
     shown = [taught[i] for i in numpy_rng(0, "shots").permutation(len(taught))[:a.few_shot]]
     shots = "".join(f"{g.text}{place(g, COMPASS.index(g.task['direction']))}\n\n" for g in shown)
 
     @torch.no_grad()
     def likelihood(text: str, end: str) -> float:
-        tokens = lm.tokenizer(shots + text, return_tensors="pt").input_ids
-        more = lm.tokenizer(end, return_tensors="pt").input_ids
-        logits = lm.backbone(inputs_embeds=lm.backbone.get_input_embeddings()(torch.cat([tokens, more], 1)))
-        h = logits.last_hidden_state if hasattr(logits, "last_hidden_state") else None
-        log_p = (lm.text_logits(h[0, tokens.shape[1] - 1:-1]) if h is not None
-                 else logits.logits[0, tokens.shape[1] - 1:-1]).float().log_softmax(-1)
+        before, more = (tokenizer(t, return_tensors="pt").input_ids for t in (shots + text, end))
+        log_p = model(torch.cat([before, more], 1)).logits[0, before.shape[1] - 1:-1].float().log_softmax(-1)
         return float(log_p.gather(-1, more[0, :, None]).sum())
 
     def ask(goals: list[Goal]) -> list[tuple[str, float, bool]]:
