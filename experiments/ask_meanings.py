@@ -101,13 +101,15 @@ def main() -> None:
     for level in a.levels:
         for kind, goals in by_kind(level, a.each).items():
             key = dict(name=a.name, weights=weights, level=level, kind=kind, sentences=len(goals))
-            if there(a.results, **key):
+            if there(a.results, **key) and not a.answers:
                 continue
             ask, began = ask or (few_shot if a.few_shot else grounded)(a), time.monotonic()
             said = ask(goals)
             sure, right = np.array([s for _, s, _ in said]), np.array([r for *_, r in said])
             sure_right = float(sure[right].mean()) if right.any() else 0.
-            add(a.results, key | dict(right=int(right.sum()), sure=float(sure.mean()), sure_right=sure_right), began)
+            row = key | dict(right=int(right.sum()), sure=float(sure.mean()), sure_right=sure_right)
+            if not there(a.results, **key):
+                add(a.results, row, began)
             kept += [dict(level=level, kind=kind, text=g.text, said=w, sure=round(s, 3), right=bool(r))
                      for g, (w, s, r) in zip(goals, said)]
     if a.answers:

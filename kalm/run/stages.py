@@ -224,6 +224,7 @@ def _imagined_shards(run: Run, lm: KalmLM, level: str, todo: list[int]) -> Itera
         yield k
 
 
+# %% ../../nbs/run/30_stages.ipynb #6d854218
 _LOADED: dict[str, KalmLM] = {}   # by a worker that makes one shard after the other
 
 
