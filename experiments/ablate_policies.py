@@ -29,7 +29,7 @@ from kalm.run.workers import in_processes
 
 OUR_BC, OUR_CQL = BC(beta=0., temperature=1.), CQL(lr=1e-3, target_every=1000, temperature=1.)
 PAPERS = Mixing()
-OURS = replace(PRESETS, goals="sentence", whitening=.01)   # most rows are about policies that are told sentences
+OURS = replace(PRESETS, goals="sentence")   # most rows are about policies that are told sentences
 
 
 def some(share: float) -> Callable[[Rollouts, str], Rollouts]:

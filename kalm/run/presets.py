@@ -159,7 +159,7 @@ TINY_GROUND = GroundConfig(backbone=TINY_BACKBONE, adapter=Adapter(rank=4), step
                            checkpoint_every=3, log_every=2)
 
 # %% ../../nbs/run/10_presets.ipynb #eeb88b33
-OURS = Mixing(last_steps=2, augment=400_000, imagined_fraction=.25, whitening=.5, goals="meaning")
+OURS = Mixing(last_steps=2, augment=400_000, imagined_fraction=.25, whitening=.01, goals="meaning")
 
 
 def ours(steps: int) -> tuple[Training, ...]:
