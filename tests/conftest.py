@@ -33,3 +33,13 @@ def cache(session_cache, monkeypatch) -> Path:
     "kalm's cache, moved to a folder of this session: the tiny backbone is built there, nothing is downloaded."
     monkeypatch.setenv("KALM_CACHE", str(session_cache))
     return session_cache
+
+
+@pytest.fixture
+def single_precision(monkeypatch) -> None:
+    "Policies trained with products of all digits, also where the processor has quicker ones of fewer."
+    import torch
+
+    import kalm.rl.train
+
+    monkeypatch.setattr(kalm.rl.train, "fast_dtype", lambda device="cpu": torch.float32)

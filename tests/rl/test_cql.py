@@ -10,6 +10,8 @@ from kalm.rl.replay import Batch, synthetic_replay
 from kalm.rl.train import Every
 from kalm.tensors.store import torch_rng
 
+pytestmark = pytest.mark.usefixtures("single_precision")
+
 BOX = ContinuousActions((-2.0, 0.0), (2.0, 1.0))
 SMALL = CQL(batch_size=16, hidden=8, lr=1e-2, target_every=3, samples=2)
 

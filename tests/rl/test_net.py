@@ -19,6 +19,8 @@ from kalm.rl.replay import Replay
 from kalm.rl.train import Every
 from kalm.tensors.store import torch_rng
 
+pytestmark = pytest.mark.usefixtures("single_precision")
+
 NET = Path(__file__).parents[1] / "net"
 WEIGHTS = ("state.weight", "goal.weight", "goal.bias", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
 

@@ -11,6 +11,8 @@ from kalm.rl.td3bc import TD3BC
 from kalm.rl.train import Every
 from kalm.tensors.store import torch_rng
 
+pytestmark = pytest.mark.usefixtures("single_precision")
+
 BOX = ContinuousActions((-2.0, 0.0), (2.0, 1.0))
 SMALL = TD3BC(batch_size=16, hidden=8, lr=1e-2)
 
