@@ -21,6 +21,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--start", default="shipped", help="shipped, pretrained, random, or the folder of a checkpoint")
     p.add_argument("--steps", type=int, default=450)
     p.add_argument("--scenes", type=float, default=4., help="texts a rollout and epoch")
+    p.add_argument("--compose", type=float, default=.1, help="sentences made of several a rollout and epoch")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--seed", type=int, default=1, help="of the order of examples")
     p.add_argument("--rollouts", type=int, default=12_800)
@@ -32,8 +33,8 @@ def main() -> None:
     a, clevr = arguments(), kalm.domain("clevr")
     real = kalm.collect(clevr, clevr.goals("offline"), a.rollouts, policy="medium", seed=1, out=a.out.parent / "data")
     begin = dict(scratch=True) if a.start == "random" else dict(start="" if a.start == "pretrained" else a.start)
-    config = replace(preset(clevr, "checkpoint").ground, steps=a.steps, scenes=a.scenes, lr=a.lr, head_lr=1e-3,
-                     seed=a.seed, bf16=False, checkpoint_every=50, **begin)
+    config = replace(preset(clevr, "checkpoint").ground, steps=a.steps, scenes=a.scenes, compose=a.compose, lr=a.lr, head_lr=1e-3,
+                     seed=a.seed, checkpoint_every=50, log_every=5, **begin)
     kalm.ground(clevr, real, config, a.out, max_minutes=a.max_minutes)
 
 

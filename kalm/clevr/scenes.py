@@ -20,7 +20,7 @@ __all__ = ['THINGS', 'OPPOSITE', 'phrases', 'scene']
 # %% ../../nbs/clevr/45_scenes.ipynb #64546a8f
 @cache
 def phrases() -> dict:
-    "By side: `relations`, `has`, `clauses`, `stories`. Around a clause `{s}`, or after it: changes, past or coming."
+    "By side: `relations` to `moves`. Around a clause `{s}`, or after it: changes, past or coming, and what is wanted."
     return load_json(str(files("kalm.clevr")/"assets"/"scenes.json"))
 
 # %% ../../nbs/clevr/45_scenes.ipynb #2fcac953
@@ -44,19 +44,19 @@ def _two_things(rng: np.random.Generator) -> list[tuple[str, str]]:
 
 # %% ../../nbs/clevr/45_scenes.ipynb #896c802b
 OPPOSITE = dict(back="front", front="back", left="right", right="left")
-_ABOUT_Y = re.compile(r"\{y\} (is|lies) (?!the thing|bordered|here)|\{x\} has \{y\}")   # they tell the place of y
 
 
 def _clause(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "x is on this side of y, plainly; and whether it is the place of y that is told."
     chance = rng.random()
-    if chance < .3:
+    if chance < .2:
         verb, relation = _pick(rng, ("is", "is", "lies", "stands", "sits")), _pick(rng, phrases()["relations"][side])
         return f"{{x}} {'is' if relation.startswith(('a ', 'the ')) else verb} {relation} {{y}}", False
-    if chance < .5:
+    if chance < .3:
         return f"{{y}} has {{x}} {_pick(rng, phrases()['has'][side])}", False
-    text = _pick(rng, phrases()["clauses"][side])
-    return text, bool(_ABOUT_Y.match(text))
+    if chance < .45:
+        return _pick(rng, phrases()["converse"][side]), True
+    return _pick(rng, phrases()["clauses"][side]), False
 
 
 def _story(rng: np.random.Generator, side: str) -> tuple[str, bool]:
@@ -81,15 +81,17 @@ def _at_present(rng: np.random.Generator, clause: str, now: bool) -> str:
 def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "A text by which x ends up on this side of y, and whether it tells the place of y."
     chance = rng.random()
-    if chance < .2:
+    if chance < .25:
         return _story(rng, side)
-    if chance < .7:
+    if chance < .55:
         return _changed(rng, side)
     text, about_y = _clause(rng, side)
-    if chance < .75:
+    if chance < .6:
         return f"{text}. {_pick(rng, phrases()['no_changes'])}", about_y
-    if chance < .82:
+    if chance < .65:
         return f"{_at_present(rng, text, True)}. {_pick(rng, phrases()['no_coming'])}", about_y
+    if chance < .77 and "?" not in text:
+        return _pick(rng, phrases()["not_yet" if rng.random() < .5 else "wanted"]).replace("{s}", text), about_y
     return text, about_y
 
 
@@ -103,8 +105,15 @@ def _as_me(text: str) -> str:
     return text if "viewer" in changed else changed
 
 
+def _sentences(text: str) -> str:
+    "With capitals, and a mark at the end."
+    parts = text.split(". ")
+    text = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return text + ("" if text.endswith((".", "?", "!")) else ".")
+
+
 def scene(rng: np.random.Generator) -> tuple[str, str]: # text, key words
-    """A text that says where one thing is from another, and its key words, such as `red blue left`.
+    """A text that says where one thing is, or goes, and its key words, such as `red blue left` or `red left`.
 
     Returns
     -------
@@ -113,14 +122,15 @@ def scene(rng: np.random.Generator) -> tuple[str, str]: # text, key words
     """
     (x, named_x), (y, named_y) = _two_things(rng)
     side = _pick(rng, SIDES)
-    text, about_y = _told(rng, side)
+    alone = rng.random() < .1
+    text, about_y = (_pick(rng, phrases()["moves"][side]), False) if alone else _told(rng, side)
     if rng.random() < .6:
         text = _as_me(text)
-    if rng.random() < .25 and named_x.endswith(" ball"):   # the red ball ... the blue one
+    if not alone and rng.random() < .25 and named_x.endswith(" ball"):   # the red ball ... the blue one
         x_first = text.index("{x}") < text.index("{y}")
         named_x, named_y = (named_x, f"the {y} one") if x_first else (f"the {x} one", named_y)
-    parts = text.replace("{x}", named_x).replace("{y}", named_y).split(". ")
-    text = ". ".join(part[0].upper() + part[1:] for part in parts)
-    text += "" if text.endswith((".", "?", "!")) else "."
+    text = _sentences(text.replace("{x}", named_x).replace("{y}", named_y))
+    if alone:
+        return text, f"{x} {side}"
     return text, f"{y} {x} {OPPOSITE[side]}" if about_y else f"{x} {y} {side}"
 
