@@ -33,8 +33,8 @@ def main() -> None:
     a, clevr = arguments(), kalm.domain("clevr")
     real = kalm.collect(clevr, clevr.goals("offline"), a.rollouts, policy="medium", seed=1, out=a.out.parent / "data")
     begin = dict(scratch=True) if a.start == "random" else dict(start="" if a.start == "pretrained" else a.start)
-    config = replace(preset(clevr, "checkpoint").ground, steps=a.steps, scenes=a.scenes, compose=a.compose, lr=a.lr, head_lr=1e-3,
-                     seed=a.seed, checkpoint_every=50, log_every=5, **begin)
+    config = replace(preset(clevr, "checkpoint").ground, steps=a.steps, scenes=a.scenes, compose=a.compose, lr=a.lr,
+                     head_lr=1e-3, seed=a.seed, checkpoint_every=50, log_every=5, **begin)
     kalm.ground(clevr, real, config, a.out, max_minutes=a.max_minutes)
 
 
