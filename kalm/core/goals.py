@@ -16,7 +16,7 @@ from .files import load_json, save_json
 
 # %% auto #0
 __all__ = ['FORMAT', 'Goal', 'save_goals', 'load_goals', 'goals_to_json', 'goals_from_json', 'in_turn', 'by_task', 'balanced',
-           'one_goal', 'check_goals', 'check_index']
+           'one_goal', 'check_goals', 'check_index', 'check_seeds']
 
 # %% ../../nbs/core/20_goals.ipynb #4cbf71ee
 @dataclass(frozen=True)
@@ -250,3 +250,17 @@ def check_index(goals: Sequence[Goal], # what the index points into
         raise ValueError(f"goal index from {index.min()} to {index.max()}: "
                          f"expected whole numbers, 0 to {len(goals) - 1}")
     return index.astype(np.int64)
+
+
+def check_seeds(seeds) -> np.ndarray: # (B,) int64
+    """Seeds of starts as an array; `ValueError` for anything but whole numbers of 0 or more, one a row.
+
+    Returns
+    -------
+    np.ndarray
+        (B,) int64
+    """
+    seeds = np.asarray(seeds)
+    if seeds.ndim != 1 or (seeds.size and (seeds.dtype.kind not in "iu" or seeds.min() < 0)):
+        raise ValueError(f"seeds {seeds!r:.80}: expected (B,) whole numbers, 0 or more")
+    return seeds.astype(np.int64)

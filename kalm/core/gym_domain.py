@@ -16,7 +16,7 @@ from gymnasium.spaces.utils import flatdim, flatten
 from .actions import actions_of
 from .domain import RANDOM, Behaviour, Domain, Features, Limits, Words, check_domain, random_actions
 from .files import numpy_rng
-from .goals import Goal, check_index
+from .goals import Goal, check_index, check_seeds
 from .settings import yes_or_no
 
 # %% auto #0
@@ -298,7 +298,7 @@ class GymSimulator:
     "Episodes of a `GymDomain`, an environment each. `envs` (B,) are there for scripts that look behind the states."
     def __init__(self, domain: GymDomain, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray):
         self.domain, self.goals = domain, list(goals)
-        self.seeds = _checked_seeds(seeds)
+        self.seeds = check_seeds(seeds)
         self.index = check_index(goals, index, len(self.seeds))
         self.envs = [domain._borrow() for _ in self.seeds]
         self.states = np.zeros((len(self.seeds), *domain.state_space.shape), np.float32)
@@ -330,11 +330,7 @@ class GymSimulator:
             self.close()
 
 
-def _checked_seeds(seeds) -> np.ndarray: # (B,) int64
-    seeds = np.asarray(seeds)
-    if seeds.ndim != 1 or (seeds.size and (seeds.dtype.kind not in "iu" or seeds.min() < 0)):
-        raise ValueError(f"seeds {seeds!r:.80}: expected (B,) whole numbers, 0 or more")
-    return seeds.astype(np.int64)
+
 
 # %% ../../nbs/core/60_gym_domain.ipynb #06953a9b
 @patch
