@@ -23,7 +23,7 @@ setup(
                  "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     project_urls={"Paper": "https://arxiv.org/abs/2404.09248"},  # pyproject.toml wants every dynamic field to be given
     packages=find_packages(include=["kalm", "kalm.*"]),
-    package_data={"kalm": ["assets/**/*"], "kalm.clevr": ["assets/*"]},
+    package_data={"kalm": ["assets/**/*"], "kalm.clevr": ["assets/*"], "kalm.metaworld": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={key.removesuffix("_requirements"): value.split() for key, value in cfg.items()

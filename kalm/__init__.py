@@ -49,3 +49,5 @@ else:
     if "kalm/ClevrRobot-v0" not in gymnasium.registry:
         gymnasium.register("kalm/ClevrRobot-v0", entry_point="kalm.clevr.env:ClevrRobotEnv",
                            vector_entry_point="kalm.clevr.env:ClevrRobotVectorEnv")
+    if "kalm/MetaWorld-v0" not in gymnasium.registry:
+        gymnasium.register("kalm/MetaWorld-v0", entry_point="kalm.metaworld.env:MetaWorldEnv")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import subprocess
-import sys
 from functools import lru_cache
 from importlib import import_module
 
@@ -16,47 +14,10 @@ import numpy as np
 from gymnasium.error import DependencyNotInstalled
 
 from .physics import AGENT_Q, check_finite, load_model, load_physics, mujoco, physics_of
+from ..core.gl import NO_GL, gl_backend
 
 # %% auto #0
-__all__ = ['NO_GL', 'gl_backend', 'can_render', 'draw_physics', 'render_states']
-
-# %% ../../nbs/clevr/32_render.ipynb #614bd040
-_BACKENDS = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl", "glfw")}.get(sys.platform, ("glfw",))
-NO_GL = ("drawing needs OpenGL without a screen, and none works here: install EGL (Debian, Ubuntu: apt-get install "
-          "libegl1 libgl1-mesa-dri) or OSMesa (apt-get install libosmesa6); to insist on one, set MUJOCO_GL=egl or "
-          "osmesa. Everything except drawing works without it.")
-_TRY_GL = ("import sys; from importlib import import_module as i; c = i('mujoco.' + sys.argv[1]).GLContext(8, 8); "
-           "c.make_current(); c.free()")
-
-
-@lru_cache(maxsize=None)
-def gl_backend() -> str | None: # "egl", "osmesa", "glfw", "cgl", or None
-    """The first OpenGL back end that can make a picture here; tried once a process.
-
-    Returns
-    -------
-    str | None
-        "egl", "osmesa", "glfw", "cgl", or None
-    """
-    asked = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if asked in ("disable", "disabled", "off", "false", "0"):
-        return None
-    for name in (asked,) if asked in ("egl", "osmesa", "glfw", "cgl") else _BACKENDS:
-        env = {**os.environ, "MUJOCO_GL": "disable"}
-        if name in ("egl", "osmesa"):
-            env["PYOPENGL_PLATFORM"] = name
-        try:
-            done = subprocess.run([sys.executable, "-c", _TRY_GL, name], env=env, capture_output=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0:
-            return name
-    return None
-
-
-def can_render() -> bool:
-    "Whether pictures can be drawn here."
-    return gl_backend() is not None
+__all__ = ['draw_physics', 'render_states']
 
 # %% ../../nbs/clevr/32_render.ipynb #76552a9e
 class _Camera:

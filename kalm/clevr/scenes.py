@@ -20,7 +20,7 @@ __all__ = ['THINGS', 'OPPOSITE', 'phrases', 'scene']
 # %% ../../nbs/clevr/45_scenes.ipynb #64546a8f
 @cache
 def phrases() -> dict:
-    "By side: `relations` to `moves`. Around a clause `{s}`, or after it: changes, past or coming, and what is wanted."
+    "By side: `relations` to `moves`. Around a clause `{s}`: changes, wishes and lacks."
     return load_json(str(files("kalm.clevr")/"assets"/"scenes.json"))
 
 # %% ../../nbs/clevr/45_scenes.ipynb #2fcac953
@@ -78,17 +78,26 @@ def _at_present(rng: np.random.Generator, clause: str, now: bool) -> str:
     return _pick(rng, phrases()["presents"]).replace("{s}", clause) if now and rng.random() < .5 else clause
 
 
+def _lacking(rng: np.random.Generator, side: str) -> str:
+    "x is not on this side of y, but ought to be, and will."
+    relations = [r for r in phrases()["relations"][side] if not r.startswith(("a ", "the ", "not "))]
+    missing = f"{{x}} is {_pick(rng, phrases()['nots'])} {_pick(rng, relations)} {{y}}"
+    return _pick(rng, phrases()["lacking"]).replace("{s}", missing)
+
+
 def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "A text by which x ends up on this side of y, and whether it tells the place of y."
     chance = rng.random()
     if chance < .25:
         return _story(rng, side)
-    if chance < .55:
+    if chance < .53:
         return _changed(rng, side)
+    if chance < .58:
+        return _lacking(rng, side), False
     text, about_y = _clause(rng, side)
-    if chance < .6:
+    if chance < .62:
         return f"{text}. {_pick(rng, phrases()['no_changes'])}", about_y
-    if chance < .65:
+    if chance < .66:
         return f"{_at_present(rng, text, True)}. {_pick(rng, phrases()['no_coming'])}", about_y
     if chance < .77 and "?" not in text:
         return _pick(rng, phrases()["not_yet" if rng.random() < .5 else "wanted"]).replace("{s}", text), about_y

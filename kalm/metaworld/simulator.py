@@ -138,19 +138,26 @@ class Bench:
     "The simulation of one task, in which episodes take turns."
     def __init__(self, task: Task, render_mode: str | None = None, size: tuple[int, int] = (240, 320)):
         make = _OURS.get(task.name) or ALL_V3_ENVIRONMENTS[task.name + "-v3"]
-        self.task, self.env = task, make(render_mode=render_mode, height=size[0], width=size[1])
+        self.task, self.env = task, make(render_mode=render_mode, camera_name="corner3", height=size[0], width=size[1])
         self.env._partially_observable, self.env._set_task_called = False, True
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
         self.env.goal_space = gym.spaces.Box(-2., 2., (3,))             # what goals are clipped to
         vars(self.env).pop("sawyer_observation_space")                  # made when goals were hidden: they were zeros
         self.fixed = self.env.model.body_pos.copy(), self.env.model.site_pos.copy()
 
-    def begin(self, seed: int) -> Episode:
-        "The start of this seed."
+    def begin(self, seed: int, tries: int = 100) -> Episode:
+        "The start of this seed, drawn anew where the task is done already; `ValueError` if that never ends."
+        for again in range(tries):
+            episode = self._draw(seed if not again else int(numpy_rng(seed, "again", again).integers(2**31 - 1)))
+            if not self.task.met(episode.first, episode.first):
+                return episode
+        raise ValueError(f"task {self.task.name} is done in each of {tries} starts of seed {seed}: nothing is left")
+
+    def _draw(self, seed: int) -> Episode:
         model = self.env.model
         model.body_pos[:], model.site_pos[:] = self.fixed   # or the hand comes to rest beside the last episode's things
         mujoco.mj_resetData(model, self.env.data)
-        self.env.seed(int(seed))
+        self.env.seed(seed)
         self.env.reset()
         mujoco.mj_forward(model, self.env.data)   # or windows are seen where they stood before the reset
         seen = self.env._get_obs()
@@ -207,18 +214,9 @@ class MetaWorldSimulator:
         self.index = check_index(goals, index, len(self.seeds))
         self.tasks = [task_of(self.goals[i]) for i in self.index]
         self._benches = {name: _borrow(TASKS[name]) for name in sorted({task.name for task in self.tasks})}
-        self.episodes = [self._begin(task, int(seed)) for task, seed in zip(self.tasks, self.seeds)]
+        self.episodes = [self._benches[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
         self.states = np.array([e.state for e in self.episodes], np.float32).reshape(-1, 21)
         self.begin = self.states.copy()
-
-    def _begin(self, task: Task, seed: int, tries: int = 100) -> Episode:
-        "A start that is not the end already; the same seed gives the same start."
-        for again in range(tries):
-            now = seed if not again else int(numpy_rng(seed, "again", again).integers(2**31 - 1))
-            episode = self._benches[task.name].begin(now)
-            if not task.met(episode.first, episode.first):
-                return episode
-        raise ValueError(f"task {task.name} is done in each of {tries} starts of seed {seed}: nothing is left to do")
 
     @property
     def seen(self) -> np.ndarray: # (B, 39)

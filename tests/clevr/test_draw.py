@@ -8,8 +8,9 @@ from matplotlib.patches import Circle, PathPatch, Wedge
 
 from kalm.clevr.draw import BALL_COLOURS, action_words, draw, draw_camera, project
 from kalm.clevr.goals import GATHERED, all_of, gather, line_up, move, push, success
-from kalm.clevr.render import can_render, render_states
+from kalm.clevr.render import render_states
 from kalm.core.files import numpy_rng
+from kalm.core.gl import can_render
 from kalm.core.goals import Goal
 
 STATE = np.array([-.3, .3, 0, .1, .3, .4, -.3, -.1, .35, 0])  # no two balls touch

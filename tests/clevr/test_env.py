@@ -18,6 +18,7 @@ from kalm.clevr import physics as P
 from kalm.clevr import render as V
 from kalm.clevr.goals import COLOURS, COMPASS, all_of, gather, line_up, move, push, reward_rows, success, success_rows
 from kalm.clevr.sentences import goal_set
+from kalm.core.gl import can_render
 from kalm.core.goals import Goal
 
 ID = "kalm/ClevrRobot-v0"
@@ -49,7 +50,7 @@ def gold():
 
 @pytest.fixture
 def gl():
-    if not V.can_render():
+    if not can_render():
         pytest.skip("no OpenGL here")
 
 
@@ -489,7 +490,7 @@ def middle_of(image, colour):
 def test_pictures_or_a_clear_error():
     e = make(render_mode="rgb_array").unwrapped
     e.reset(seed=0)
-    if not V.can_render():
+    if not can_render():
         with pytest.raises(gym.error.DependencyNotInstalled, match="apt-get install"):
             e.render()
         return
