@@ -14,8 +14,8 @@ from gymnasium.error import DependencyNotInstalled
 from ..core.gl import NO_GL, gl_backend
 from ..core.goals import Goal
 from ..core.settings import whole_number
-from .simulator import MAX_DECISIONS, Bench, Episode
-from .tasks import SUCCESS_REWARD, progress_rows, task_of
+from .simulator import Bench, Episode
+from .tasks import MAX_DECISIONS, SUCCESS_REWARD, progress_rows, task_of
 
 # %% auto #0
 __all__ = ['DEFAULT_GOAL', 'STATES', 'ACTIONS', 'MetaWorldEnv']

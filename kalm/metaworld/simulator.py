@@ -26,8 +26,7 @@ except ImportError as e:
     raise ImportError(f"Meta-World is not installed ({e}): pip install 'kalm[metaworld]'") from None
 
 # %% auto #0
-__all__ = ['TURNED', 'HOLD', 'MAX_DECISIONS', 'MakeCoffeeEnv', 'LockedDoorEnv', 'Episode', 'state_of', 'Bench',
-           'MetaWorldSimulator']
+__all__ = ['TURNED', 'HOLD', 'MakeCoffeeEnv', 'LockedDoorEnv', 'Episode', 'state_of', 'Bench', 'MetaWorldSimulator']
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #80e5505d
 class MakeCoffeeEnv(SawyerCoffeePushEnvV3):
@@ -86,8 +85,7 @@ class LockedDoorEnv(SawyerDoorUnlockEnvV3):
         return []
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #8baee4e3
-HOLD = 5            # control steps that one decision lasts
-MAX_DECISIONS = 40
+HOLD = 5   # control steps that one decision lasts
 _OURS = {"make-coffee": MakeCoffeeEnv, "locked-door-open": LockedDoorEnv}
 _WHOLE = mujoco.mjtState.mjSTATE_INTEGRATION
 

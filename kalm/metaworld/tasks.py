@@ -13,8 +13,8 @@ import numpy as np
 from ..core.goals import Goal, check_index
 
 # %% auto #0
-__all__ = ['HAND', 'GRIPPER', 'ONE', 'TWO', 'GOAL', 'NUMBERS', 'FINGERS', 'Distance', 'LEVELS', 'TASKS', 'SUCCESS_REWARD', 'Task',
-           'task_of', 'success_rows', 'reward_rows', 'progress_rows']
+__all__ = ['HAND', 'GRIPPER', 'ONE', 'TWO', 'GOAL', 'NUMBERS', 'FINGERS', 'Distance', 'LEVELS', 'MAX_DECISIONS', 'TASKS',
+           'SUCCESS_REWARD', 'Task', 'task_of', 'success_rows', 'reward_rows', 'progress_rows']
 
 # %% ../../nbs/metaworld/10_tasks.ipynb #83298e3c
 HAND, GRIPPER, ONE, TWO, GOAL = slice(0, 3), 3, slice(4, 7), slice(11, 14), slice(18, 21)  # in a state (21,)
@@ -94,6 +94,7 @@ class Task:
 
 # %% ../../nbs/metaworld/10_tasks.ipynb #c71af490
 LEVELS = ("offline", "rephrase", "easy", "hard", "unheard")
+MAX_DECISIONS = 40   # of an episode
 _ONE_THERE = _between(ONE, GOAL)
 _PRESSED, _ACROSS = _along(1, ONE), _along(0, ONE)
 
