@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from ..core.files import digest_of, load_json
+from ..core.files import load_json
 from ..core.goals import Goal
-from .tasks import LEVELS, MAX_DECISIONS, TASKS
+from .tasks import LEVELS, MAX_DECISIONS
 
 # %% auto #0
 __all__ = ['KINDS', 'goal_set']

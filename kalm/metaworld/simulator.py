@@ -118,18 +118,24 @@ class Episode:
 
     @property
     def state(self) -> np.ndarray: # (21,) float32
-        return state_of(self.seen)
+        return state_of(self.seen, self.first)
 
 
-def state_of(observation: np.ndarray) -> np.ndarray: # (21,) float32
+def state_of(observation: np.ndarray, first: np.ndarray | None = None) -> np.ndarray: # (21,) float32
     """Out of Meta-World's (39,): the present frame and the goal, without the frame before.
+
+    Of the two quaternions of an orientation the one nearer to that of the `first` state (21,).
 
     Returns
     -------
     np.ndarray
         (21,) float32
     """
-    return np.concatenate([observation[:18], observation[36:]]).astype(np.float32)
+    state = np.concatenate([observation[:18], observation[36:]]).astype(np.float32)
+    for turn in () if first is None else (slice(7, 11), slice(14, 18)):
+        if state[turn] @ first[turn] < 0:
+            state[turn] *= -1
+    return state
 
 
 class Bench:
@@ -180,7 +186,7 @@ class Bench:
 
     def _met(self, seen: np.ndarray, first: np.ndarray, info: dict) -> bool:
         "What Meta-World says; where the environment is ours, what the task says of the state."
-        return bool(self.task.met(state_of(seen), first) if self.task.name in _OURS else info["success"])
+        return bool(self.task.met(state_of(seen, first), first) if self.task.name in _OURS else info["success"])
 
     def restore(self, episode: Episode) -> None:
         "Go on with an episode."
