@@ -1,10 +1,9 @@
-"""Ground a model further in texts about places, so that it reads: the checkpoint that ships in `grounded/clevr/reader`.
+"""Ground a model further in texts about places, so that it reads: legs of the checkpoint that ships to read.
 
-    python experiments/ground_reader.py --out runs/reader/1 --steps 450 --scenes 2.5 --lr 1.5e-3
-    python experiments/ground_reader.py --out runs/reader/2 --steps 480 --scenes 4 --start runs/reader/1 --seed 2
+    python experiments/ground_reader.py --out runs/reader/1 --steps 400 --start FOLDER --seed 5
 
 `--start pretrained` begins with the backbone as it comes, `--start random` with random weights: what does each know?
-A run that was stopped continues.
+A run that was stopped continues. `ship_reader.py` makes the checkpoint out of legs.
 """
 
 import argparse
@@ -19,12 +18,12 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--start", default="shipped", help="shipped, pretrained, random, or the folder of a checkpoint")
-    p.add_argument("--steps", type=int, default=450)
-    p.add_argument("--scenes", type=float, default=4., help="texts a rollout and epoch")
-    p.add_argument("--compose", type=float, default=.1, help="sentences made of several a rollout and epoch")
+    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--scenes", type=float, default=60., help="texts a rollout and epoch")
+    p.add_argument("--compose", type=float, default=6., help="sentences made of several a rollout and epoch")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--seed", type=int, default=1, help="of the order of examples")
-    p.add_argument("--rollouts", type=int, default=12_800)
+    p.add_argument("--rollouts", type=int, default=1280)
     p.add_argument("--max-minutes", type=float, help="stop cleanly after this long")
     return p.parse_args()
 

@@ -59,6 +59,17 @@ class MetaWorld(Domain):
         "(B, ...) float32, 100 at success, else ten times the progress in metres."
         return reward_rows(goals, index, states, next_states, start)
 
+    def draw(self, ax, state: np.ndarray, before: np.ndarray | None = None, action: np.ndarray | None = None,
+             goal: Goal | None = None) -> None:
+        "The bench from above and from the front, see `kalm.metaworld.draw`."
+        from kalm.metaworld.draw import draw  # here, because Matplotlib takes a second to load
+        draw(ax, state, before, action, goal)
+
+    def action_words(self, action: np.ndarray) -> str:
+        "Where the hand is sent, such as `right up, grip`."
+        from kalm.metaworld.draw import action_words
+        return action_words(action)
+
     def __repr__(self) -> str:
         return "MetaWorld()"
 

@@ -1,0 +1,55 @@
+"""Make the checkpoint that ships to read out of grounded ones: the mean of their weights, with what it reads.
+
+    python experiments/ship_reader.py --mean runs/reader/1 runs/reader/2 --out runs/reader/mean    a mean alone
+    python experiments/ship_reader.py --mean runs/reader/mean runs/reader/3 --out SHIPPED           and ship it
+
+Shipping calibrates the model, and asks it for the meanings of all sentences of the domain, so that runs need not.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import kalm
+from kalm.lm.explain import calibrate
+from kalm.lm.model import SHIPPED, KalmLM
+from kalm.lm.reading import Reader, keep_meanings
+
+
+def mean_of(folders: list[Path]) -> KalmLM:
+    "A model whose trained weights are the mean of theirs, which began from the same ones."
+    models = [KalmLM.from_pretrained(folder) for folder in folders]
+    weights = [{name: p for name, p in lm.named_parameters() if p.requires_grad} for lm in models]
+    with torch.no_grad():
+        for name, p in weights[0].items():
+            p.copy_(torch.stack([w[name].float() for w in weights]).mean(0))
+    return models[0]
+
+
+def ship(lm: KalmLM, out: Path) -> None:
+    "With its threshold and what it says of every sentence."
+    d = kalm.domain("clevr")
+    lm.sure = round(calibrate(lm, d), 4)
+    lm.save_pretrained(out)
+    (out / "meanings.json").unlink(missing_ok=True)
+    reader = Reader("clevr", out, names=d.words.names, cache=Path("runs/reader/meanings"))
+    texts = [goal.text for level in d.levels for goal in d.goals(level)]
+    keep_meanings(out / "meanings.json", dict(zip(texts, reader.read(texts))), reader.spec())
+    print(f"{out}: sure {lm.sure}, {len(texts):,} sentences read")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--mean", nargs="+", type=Path, required=True, help="folders of checkpoints")
+    p.add_argument("--out", required=True, help="a folder, or SHIPPED")
+    a = p.parse_args()
+    lm = mean_of(a.mean)
+    if a.out == "SHIPPED":
+        ship(lm, SHIPPED / "clevr" / "reader")
+    else:
+        lm.save_pretrained(Path(a.out))
+
+
+if __name__ == "__main__":
+    main()
