@@ -10,6 +10,7 @@ from kalm.core.episodes import collect, evaluate, replay
 from kalm.core.files import numpy_rng, start_seeds
 from kalm.core.gym_domain import GymDomain
 from kalm.core.rollouts import ARRAYS
+from kalm.metaworld.domain import MetaWorld
 
 
 def cartpole() -> GymDomain:
@@ -31,7 +32,7 @@ def grid() -> GymDomain:
 
 
 MAKERS = {"line": line, "continuous line": lambda: line(True), "unjudged line": lambda: line(judged=False),
-          "cartpole": cartpole, "pendulum": pendulum, "minigrid": grid}
+          "cartpole": cartpole, "pendulum": pendulum, "minigrid": grid, "metaworld": MetaWorld}
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=list(MAKERS))
