@@ -329,9 +329,6 @@ class GymSimulator:
         if getattr(self, "envs", None):
             self.close()
 
-
-
-
 # %% ../../nbs/core/60_gym_domain.ipynb #06953a9b
 @patch
 def step(self: GymSimulator, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

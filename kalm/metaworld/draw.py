@@ -16,7 +16,7 @@ from .words import ways
 __all__ = ['OBJECTS', 'draw', 'action_words']
 
 # %% ../../nbs/metaworld/60_draw.ipynb #3d5dc4ba
-OBJECTS = {"ONE": "#E69F00", "TWO": "#9B59B6"}   # colours of the first and the second object
+OBJECTS = ("#E69F00", "#9B59B6")   # colours of the first and the second object
 _HAND, _GOAL = "#c0392b", "#F0E442"
 _FRONT = -.25                                    # where height 0 lies in the picture, below the view from above
 
@@ -37,13 +37,13 @@ def _draw_hand(ax, place: np.ndarray, opening: float) -> None:
 
 def draw(ax, state: np.ndarray, before: np.ndarray | None = None, action: np.ndarray | None = None,
          goal: Goal | None = None) -> None:
-    "A state (21,) on matplotlib axes; lines from where things were `before` it."
+    "A state (21,) on matplotlib axes; lines from where things were `before` it. The goal's place is in the state."
     state = np.asarray(state, np.float64)
     ax.add_patch(Rectangle((-.55, .35), 1.1, .65, fc="#efe3d0", ec="k", lw=.6, zorder=0))
     ax.plot([-.55, .55], [_FRONT, _FRONT], color="k", lw=1, zorder=1)
     for x, y in _views(state[GOAL]):
         ax.add_patch(Circle((x, y), .035, fc=_GOAL, ec="k", lw=.6, zorder=1.5))
-    for thing, colour in ((ONE, OBJECTS["ONE"]), (TWO, OBJECTS["TWO"])):
+    for thing, colour in zip((ONE, TWO), OBJECTS):
         if state[thing].any():
             for x, y in _views(state[thing]):
                 ax.add_patch(Rectangle((x - .022, y - .022), .044, .044, fc=colour, ec="k", lw=.6, zorder=3))

@@ -174,11 +174,11 @@ class Bench:
         places = model.body_pos.copy(), model.site_pos.copy(), np.array(self.env._target_pos)
         return Episode(physics, *places, seen, first)
 
-    def decide(self, episode: Episode, action: np.ndarray, hold: int = HOLD) -> tuple[Episode, bool]:
+    def decide(self, episode: Episode, action: np.ndarray) -> tuple[Episode, bool]:
         "Where an action (4,) leads that is held until success, or its time is over; and whether it succeeded."
         env = self.env
         self.restore(episode)
-        for _ in range(hold):
+        for _ in range(HOLD):
             seen, *_, info = env.step(action)
             if met := self._met(seen, episode.first, info):
                 break
@@ -210,7 +210,7 @@ def _borrow(task: Task) -> Bench:
 
 
 class MetaWorldSimulator:
-    "Episodes side by side, see `kalm.core.domain.Simulator`. `seen` (B, 39) are Meta-World's own observations."
+    "Episodes side by side, see `kalm.core.domain.Simulator`. `episodes` are there for scripts that look behind the states."
     codec = ContinuousActions((-1.,) * 4, (1.,) * 4)
 
     def __init__(self, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray):
@@ -221,10 +221,6 @@ class MetaWorldSimulator:
         self.episodes = [self._benches[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
         self.states = np.array([e.state for e in self.episodes], np.float32).reshape(-1, 21)
         self.begin = self.states.copy()
-
-    @property
-    def seen(self) -> np.ndarray: # (B, 39)
-        return np.array([e.seen for e in self.episodes]).reshape(-1, 39)
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "See `kalm.core.domain.Simulator`."
