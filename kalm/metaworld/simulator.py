@@ -210,7 +210,7 @@ def _borrow(task: Task) -> Bench:
 
 
 class MetaWorldSimulator:
-    "Episodes side by side, see `kalm.core.domain.Simulator`. `episodes` are there for scripts that look behind the states."
+    "Episodes side by side, see `kalm.core.domain.Simulator`. `episodes` are for scripts that look behind them."
     codec = ContinuousActions((-1.,) * 4, (1.,) * 4)
 
     def __init__(self, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray):
