@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
+import torch
 
 from kalm.clevr.goals import action_success
 from kalm.clevr.words import score_explanations
@@ -12,8 +13,9 @@ from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
 from kalm.lm.explain import CONTRADICTS, FilterScores, caption, explain, meaning, round_trip
 from kalm.lm.imagine import imagine
-from kalm.lm.model import KalmLM
-from kalm.lm.quality import matches, perplexity, quality, repair_unreal
+from kalm.lm.model import ACTION, PAD, STATE, TEXT, KalmLM
+from kalm.lm.quality import distances, matches, perplexity, quality, repair_unreal
+from kalm.lm.sequences import Writer
 
 UNSEEN_PROMPT = ("These are the moves of a player:", " Say what the player wanted:")  # never used in grounding
 
@@ -105,3 +107,50 @@ def of_captions(lm: KalmLM, d: Domain, real: Rollouts, n: int, seed: int) -> dic
     right = [d.words.caption(*pair) for pair in zip(before, after)]
     same = np.array([a == b for a, b in zip(caption(lm, one), right)])
     return dict(described=mean(same), described_moving=mean(same[[b != "nothing" for b in right]]))
+
+
+def of_levels(lm: KalmLM, d: Domain, n: int, seed: int = 1) -> dict:
+    "What imagined rollouts are worth, level by level, in a world that has no pushes and cannot be set to a state."
+    row = {}
+    for level in d.levels:
+        if level not in d.judged_only:
+            q = asdict(quality(imagine(lm, d, d.goals(level), n, seed=seed), d))
+            row |= {f"{level}_{k}": q[k] for k in ("match", "replay", "off_limits", "too_fast", "length")}
+    return row
+
+
+@torch.no_grad()
+def of_steps(lm: KalmLM, d: Domain, real: Rollouts, batch_size: int = 16) -> dict:
+    "Errors of the next state, part by part of the domain's limits, and of the next action, after what really happened."
+    with lm.merged():
+        read = [_next_steps(lm, real[k:k + batch_size]) for k in range(0, len(real), batch_size)]
+    before, after, said, wrong = (np.concatenate(x) for x in zip(*read))
+    off, still = distances(said, after, d.limits), distances(before, after, d.limits)
+    row = {f"step_error_{i}": float(e) for i, e in enumerate(off.mean(0))}
+    row |= {f"still_error_{i}": float(e) for i, e in enumerate(still.mean(0))}
+    return row | dict(action_error=float(wrong.mean()))
+
+
+def _next_steps(lm: KalmLM, real: Rollouts) -> tuple[np.ndarray, ...]:
+    "Rollouts read behind their goals: of each step the states before and after, the one foretold, the action's error."
+    writer, n = Writer(lm), len(real)
+    said = [writer.start("generate", real.goals[i].text) for i in real.goal]
+    first, steps = np.array([len(ids) for ids in said]), real.max_steps
+    width = int(first.max()) + 2 * steps + 1
+    kind, ids = np.full((n, width), PAD), np.zeros((n, width), np.int64)
+    states, actions = np.zeros((n, width, lm.state_dim), np.float32), np.zeros((n, width, *lm.codec.shape), np.float32)
+    for b, r in enumerate(real):
+        t, k = len(r), first[b]
+        kind[b, :k], ids[b, :k] = TEXT, said[b]
+        kind[b, k:k + 2 * t:2], kind[b, k + 1:k + 2 * t:2] = STATE, ACTION
+        states[b, k:k + 2 * t:2] = states[b, k + 1:k + 2 * t:2] = r.states[:t]
+        actions[b, k + 1:k + 2 * t:2] = r.actions[:t]
+    tensors = [torch.from_numpy(x).to(lm.device) for x in (kind, ids, states, actions)]
+    h = lm(*tensors)
+    is_state, is_action = tensors[0] == STATE, tensors[0] == ACTION
+    before = tensors[2][is_action]
+    after = lm.next_states(h[is_action], before).cpu().numpy()
+    outputs = lm.action_outputs(h[is_state], tensors[2][is_state])
+    chosen, _ = lm.maps.choose(outputs, lm.maps.no_draws(len(outputs)))
+    t = real.transitions()
+    return t["states"], t["next_states"], after, np.abs(chosen - t["actions"]).mean(1)

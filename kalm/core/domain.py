@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .actions import Actions, actions_of
 from .goals import Goal, check_index
-from .settings import whole_number
+from .settings import check_numbers, whole_number
 
 # %% auto #0
 __all__ = ['RANDOM', 'REQUIRED', 'Features', 'Limits', 'Words', 'Simulator', 'Behaviour', 'random_actions', 'Domain',
@@ -35,13 +35,17 @@ class Features:
     Parameters
     ----------
     points
-        (x, y) of points in one plane: offsets and distances of every two matter
+        (x, y) or (x, y, z) of points in one plane or space: offsets and distances of every two matter
+    close
+        standard deviations within which offsets matter most; 0: not known
     angles
         in radians: sine and cosine matter
     one_of
         (coordinate, n): one of the whole numbers 0 to n - 1
     """
-    points: tuple[tuple[int, int], ...] = ()  # (x, y) of points in one plane: offsets and distances of every two matter
+    points: tuple[tuple[int, ...], ...] = ()  # (x, y) or (x, y, z) of points in one plane or space: offsets and
+                                              # distances of every two matter
+    close: float = 0.                         # standard deviations within which offsets matter most; 0: not known
     angles: tuple[int, ...] = ()              # in radians: sine and cosine matter
     one_of: tuple[tuple[int, int], ...] = ()  # (coordinate, n): one of the whole numbers 0 to n - 1
 
@@ -50,9 +54,11 @@ class Features:
             pairs = tuple(tuple(whole_number(name, i) for i in pair) for pair in getattr(self, name))
             object.__setattr__(self, name, pairs)
         object.__setattr__(self, "angles", tuple(whole_number("angles", i) for i in self.angles))
-        if any(len(pair) != 2 for pair in (*self.points, *self.one_of)) or any(n < 1 for _, n in self.one_of):
-            raise ValueError(f"features {self}: expected points of two coordinates, and one_of (coordinate, n) with n "
-                             "at least 1")
+        sizes, pairs = {len(point) for point in self.points}, {len(pair) for pair in self.one_of}
+        if len(sizes) > 1 or not sizes <= {2, 3} or not pairs <= {2} or any(n < 1 for _, n in self.one_of):
+            raise ValueError(f"features {self}: expected points of two coordinates, or all of three, and one_of "
+                             "(coordinate, n) with n at least 1")
+        check_numbers(self)
         named = self.coordinates
         if len(set(named)) < len(named) or min(named, default=0) < 0:
             raise ValueError(f"features name the coordinates {sorted(named)}: expected each once, numbered from 0")

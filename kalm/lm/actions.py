@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..core.actions import Actions, ContinuousActions, DiscreteActions
 
 # %% auto #0
-__all__ = ['LOG_STD', 'NEAR', 'ActionMaps', 'ActionLoss', 'weighted_mean', 'choose', 'DiscreteActionMaps', 'ActionMLP',
-           'ContinuousActionMaps', 'action_maps']
+__all__ = ['LOG_STD', 'NEAR', 'PLAIN_STD', 'BINS', 'ActionMaps', 'CONTINUOUS', 'ActionLoss', 'weighted_mean', 'choose',
+           'DiscreteActionMaps', 'ActionMLP', 'ContinuousActionMaps', 'PlainActionMaps', 'MedianActionMaps',
+           'BinnedActionMaps', 'action_maps']
 
 # %% ../../nbs/lm/20_actions.ipynb #8611612b
 @dataclass(frozen=True)
@@ -274,11 +275,15 @@ class ContinuousActionMaps:
         """
         mean, log_std, logit = self.split(outputs.float())
         error = self.scaled(actions.float()) - mean
-        nll = .5 * (error / log_std.exp())**2 + log_std + .5 * math.log(2 * math.pi)
+        nll = self._cost(error, log_std)
         ended = nn.functional.binary_cross_entropy_with_logits(logit, done.to(logit), reduction="none")
         losses = torch.where(done, 0., nll.sum(-1)) + ended
         near = (error.abs() < NEAR)[~done].float()
         return ActionLoss(weighted_mean(losses, weights), near.sum().detach() / max(1, near.numel()))
+
+    def _cost(self, error: Tensor, log_std: Tensor) -> Tensor: # (N, k)
+        "Negative log density of each coordinate."
+        return .5 * (error / log_std.exp())**2 + log_std + .5 * math.log(2 * math.pi)
 
     def choose(self, outputs: Tensor,          # (N, 2k + 1)
                draws: np.ndarray,              # (N, k) standard normal numbers, used where temperature > 0
@@ -311,10 +316,96 @@ class ContinuousActionMaps:
         scaled = (mean + heat * log_std.exp() * z).clamp(-1, 1).numpy()
         return self.codec.clip(self.codec.centre + self.codec.scale * scaled), (logit > 0).numpy()
 
+# %% ../../nbs/lm/20_actions.ipynb #a20f5822
+PLAIN_STD, BINS = .3, 21   # of scaled actions; of each coordinate
+
+
+class PlainActionMaps(ContinuousActionMaps):
+    "As `ContinuousActionMaps`, with k means and one spread for all: squared error."
+    def __init__(self, codec: ContinuousActions):
+        super().__init__(codec)
+        self.outputs = codec.k + 1
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]: # (..., k + 1) -> (..., k), (..., k), (...)
+        """See `ContinuousActionMaps.split`.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            (..., k + 1) -> (..., k), (..., k), (...)
+        """
+        mean = outputs[..., :-1]
+        return mean, torch.full_like(mean, math.log(PLAIN_STD)), outputs[..., -1]
+
+
+class MedianActionMaps(PlainActionMaps):
+    "As `PlainActionMaps`, by absolute error, in units of the spread."
+    def _cost(self, error: Tensor, log_std: Tensor) -> Tensor:
+        return error.abs() / log_std.exp()
+
+
+class BinnedActionMaps(ContinuousActionMaps):
+    "As `ContinuousActionMaps`, with `BINS` logits for each of the k numbers."
+    def __init__(self, codec: ContinuousActions):
+        super().__init__(codec)
+        self.outputs = codec.k * BINS + 1
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor]: # (..., outputs) -> (..., k, BINS), (...)
+        """Logits of bins and of *done*.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            (..., outputs) -> (..., k, BINS), (...)
+        """
+        return outputs[..., :-1].unflatten(-1, (self.k, BINS)), outputs[..., -1]
+
+    def loss(self, outputs: Tensor, actions: Tensor, done: Tensor, weights: Tensor) -> ActionLoss:
+        "Cross-entropy with the two bins next to each number; else as `ContinuousActionMaps.loss`."
+        logits, logit = self.split(outputs.float())
+        scaled = self.scaled(actions.float())
+        at = (scaled.clamp(-1, 1) + 1) * (BINS - 1) / 2                     # (N, k) in bins
+        share = (1 - (at[..., None] - torch.arange(BINS, device=at.device)).abs()).clamp(min=0)
+        nll = -(share * logits.log_softmax(-1)).sum((-1, -2))
+        ended = nn.functional.binary_cross_entropy_with_logits(logit, done.to(logit), reduction="none")
+        near = ((scaled - self._likeliest(logits)).abs() < NEAR)[~done].float()
+        return ActionLoss(weighted_mean(torch.where(done, 0., nll) + ended, weights),
+                          near.sum().detach() / max(1, near.numel()))
+
+    def _likeliest(self, logits: Tensor) -> Tensor: # (..., k, BINS) -> (..., k)
+        "The mean over the likeliest bin and its neighbours."
+        bins = torch.arange(BINS, device=logits.device)
+        beside = (bins - logits.argmax(-1, keepdim=True)).abs() <= 1
+        p = logits.masked_fill(~beside, -torch.inf).softmax(-1)
+        return (p * torch.linspace(-1, 1, BINS, device=logits.device)).sum(-1)
+
+    def choose(self, outputs: Tensor, draws: np.ndarray, temperature: float = 0., top_p: float = 1.,
+               rank: int | np.ndarray = 0) -> tuple[np.ndarray, np.ndarray]:
+        "As `ContinuousActionMaps.choose`; `draws` are standard normal numbers and say at which quantile to draw."
+        logits, logit = self.split(outputs.detach().float().cpu())
+        scaled, uniform = self._likeliest(logits), torch.special.ndtr(torch.as_tensor(draws).float())
+        again = _rows(rank, len(scaled)) > 0
+        for rows, heat in ((again, max(temperature, 1.)), (~again, temperature)):
+            if heat > 0 and rows.any():
+                drawn = choose(logits[rows].flatten(0, 1), uniform[rows].flatten(), heat, top_p)
+                scaled[rows] = torch.linspace(-1, 1, BINS)[drawn].unflatten(0, (-1, self.k))
+        return self.codec.clip(self.codec.centre + self.codec.scale * scaled.numpy()), (logit > 0).numpy()
+
 # %% ../../nbs/lm/20_actions.ipynb #1a89c64a
 ActionMaps = DiscreteActionMaps | ContinuousActionMaps
+CONTINUOUS = dict(gaussian=ContinuousActionMaps, plain=PlainActionMaps, median=MedianActionMaps,
+                  bins=BinnedActionMaps)
 
 
-def action_maps(codec: Actions) -> ActionMaps:
-    "The language-model half of a codec."
-    return DiscreteActionMaps(codec) if isinstance(codec, DiscreteActions) else ContinuousActionMaps(codec)
+def action_maps(codec: Actions, head: str = "gaussian" # of continuous actions, one of CONTINUOUS
+               ) -> ActionMaps:
+    """The language-model half of a codec; `ValueError` for an unknown head.
+
+    Parameters
+    ----------
+    head
+        of continuous actions, one of CONTINUOUS
+    """
+    if head not in CONTINUOUS:
+        raise ValueError(f"action head {head!r}: expected one of {', '.join(CONTINUOUS)}")
+    return DiscreteActionMaps(codec) if isinstance(codec, DiscreteActions) else CONTINUOUS[head](codec)

@@ -164,7 +164,8 @@ def prepare(domain: Domain, rollouts: Rollouts, config: GroundConfig) -> KalmLM:
     if config.start:
         return _begin(domain, rollouts, config, dtype)
     lm = KalmLM.from_pretrained(config.backbone, dtype=dtype, seed=config.seed, scratch=config.scratch,
-                                state_dim=domain.state_space.shape[0], codec=codec_of(domain), features=domain.features,
+                                state_dim=domain.state_space.shape[0], codec=codec_of(domain),
+                                features=domain.features, action_head=config.action_head,
                                 prompts=prompts_of(domain.words), domain=domain.name)
     lm.normalise(Normaliser.fit(rollouts, lm.features_spec))
     return lm.adapt(config.adapter, seed=config.seed)
@@ -180,9 +181,10 @@ def _begin(domain: Domain, rollouts: Rollouts, config: GroundConfig, dtype: torc
         raise ValueError(f"cannot start from {config.start!r}: "
                          "expected 'shipped', or the folder of a grounded checkpoint")
     has = dict(backbone=lm.name, adapter=lm.adapter, state_dim=lm.state_dim, actions=lm.codec,
-               features=lm.features_spec)
+               action_head=lm.action_head_kind, features=lm.features_spec)
     want = dict(backbone=config.backbone, adapter=config.adapter, state_dim=domain.state_space.shape[0],
-                actions=codec_of(domain), features=domain.features or Features())
+                actions=codec_of(domain), action_head=config.action_head,
+                features=domain.features or Features())
     differ = [f"{name} {has[name]}, asked for is {want[name]}" for name in has if has[name] != want[name]]
     if differ:
         raise ValueError(f"cannot start from {config.start}: it has {', '.join(differ)}")

@@ -11,33 +11,39 @@ from dataclasses import replace
 import numpy as np
 from fastcore.meta import delegates
 
-from ..core.domain import Domain, Limits, check_domain
+from ..core.domain import Domain, Limits, check_domain, judge_success
 from ..core.episodes import SIDE_BY_SIDE
 from ..core.files import numpy_rng, start_seeds
 from ..core.goals import Goal, check_goals, in_turn
 from ..core.rollouts import Rollouts
 from ..core.settings import whole_number
 from .explain import CONTRADICTS, check_words, round_trip
-from .generate import Imagination, check_request, generate, some_of
+from .generate import Imagination, can_judge, check_request, generate, some_of
 from .model import KalmLM
 from .parts import imagine_by_parts
 
 # %% auto #0
-__all__ = ['FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_steps']
+__all__ = ['TRIED', 'FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_steps']
 
 # %% ../../nbs/lm/80_imagine.ipynb #b761cc83
 def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
-                     seeds: np.ndarray | None = None, settings: Imagination = Imagination()
+                     seeds: np.ndarray | None = None, settings: Imagination = Imagination(),
+                     filter: str = "round_trip" # what a try has to pass, one of TRIED
                     ) -> tuple[Rollouts, np.ndarray]: # rollouts, (B,) which passed
-    """One rollout a row, and whether a try did not contradict its goal; the first try's where all of them did.
+    """One rollout a row, and whether a try passed the filter; the first try's where none did.
+
+    Parameters
+    ----------
+    filter
+        what a try has to pass, one of TRIED
 
     Returns
     -------
     tuple[Rollouts, np.ndarray]
         rollouts, (B,) which passed
     """
-    check_words(domain, "filter='round_trip'")
     index, states = check_request(lm, domain, goals, index, states)
+    _check_filter(domain, goals, index, states, filter)
     passed, parts, rows = np.zeros(len(states), bool), [], []
     for k in range(settings.tries if lm.codec.shape else min(settings.tries, lm.codec.n)):
         again = np.flatnonzero(~passed)
@@ -45,8 +51,7 @@ def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: n
             break
         new = generate(lm, domain, goals, index[again], states[again], some_of(seeds, again), replace(settings, rank=k),
                        streams=again)
-        verdict, _ = round_trip(lm, new, domain.words, settings.batch_size)
-        ok = verdict != CONTRADICTS
+        ok = _passed(lm, domain, new, filter, settings)
         keep = np.arange(len(again)) if k == 0 else np.flatnonzero(ok)
         passed[again[ok]] = True
         parts.append(new[keep])
@@ -55,8 +60,26 @@ def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: n
     newest[np.concatenate(rows)] = np.arange(sum(map(len, rows)))   # of a row's rollouts the last one stays
     return Rollouts.concat(parts)[newest].with_goals(goals, index), passed
 
+
+TRIED = ("round_trip", "met")   # the model's words do not contradict the goal; the goal is met in imagination
+
+
+def _check_filter(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray, filter: str) -> None:
+    if filter not in TRIED:
+        raise ValueError(f"filter {filter!r}: expected one of {', '.join(TRIED)}")
+    if filter == "round_trip":
+        check_words(domain, "filter='round_trip'")
+    elif not can_judge(domain, goals, index, states):
+        raise ValueError(f"filter='met': domain {domain.name!r} does not tell success from states")
+
+
+def _passed(lm: KalmLM, domain: Domain, new: Rollouts, filter: str, settings: Imagination) -> np.ndarray: # (B,) bool
+    if filter == "met":
+        return judge_success(domain, new.goals, new.goal, new.last_states, new.states[:, 0])
+    return round_trip(lm, new, domain.words, settings.batch_size)[0] != CONTRADICTS
+
 # %% ../../nbs/lm/80_imagine.ipynb #51a256ed
-FILTERS = ("round_trip", "limits")
+FILTERS = (*TRIED, "limits")
 
 
 @delegates(Imagination)
@@ -65,7 +88,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             seed: int = 0,                    # decides goals, starts and draws
             starts: np.ndarray | None = None, # (n, S) begin here; such rollouts carry no seed
             filter: str | None = None,        # drop rollouts: "round_trip" if the model's words contradict the goal,
-                                              # "limits" if a step is unreal
+                                              # "met" if the last state does not meet it, "limits" if a step is unreal
             parts: bool | Mapping = False,    # imagine the parts of a goal one after the other; those that the model
                                               # reads in its sentence, or {sentence: taught goals}
             **kwargs                          # fields of `Imagination`: max_steps, temperature, stop, tries ...
@@ -81,7 +104,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
     starts
         (n, S) begin here; such rollouts carry no seed
     filter
-        drop rollouts: "round_trip" if the model's words contradict the goal, "limits" if a step is unreal
+        drop rollouts: "round_trip" if the model's words contradict the goal, "met" if the last state does not meet it, "limits" if a step is unreal
     parts
         imagine the parts of a goal one after the other; those that the model reads in its sentence, or {sentence: taught goals}
     **kwargs
@@ -104,13 +127,13 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
 def _imagined(request: tuple, filter: str | None, parts: bool | Mapping) -> Rollouts:
     "What was asked for, imagined in the way that the options say."
     lm, domain, *_, settings = request
-    if filter == "round_trip" and not parts:
-        out, keep = imagine_filtered(*request)
+    if filter in TRIED and not parts:
+        out, keep = imagine_filtered(*request, filter)
         return out[keep]
     plans = None if isinstance(parts, bool) else parts
     out = imagine_by_parts(*request, plans) if parts else generate(*request)
-    if filter == "round_trip":
-        return out[round_trip(lm, out, domain.words, settings.batch_size)[0] != CONTRADICTS]
+    if filter in TRIED:
+        return out[_passed(lm, domain, out, filter, settings)]
     if filter == "limits":
         off, fast = unreal_steps(out, domain.limits)
         return out[~(off | fast).any(1)]

@@ -29,22 +29,29 @@ class PairwiseFeatures(nn.Module):
     Parameters
     ----------
     points
-        coordinates of each point
+        coordinates of each point, k = 2 or 3
+    close
+        where offsets are seen close up, too; 0: nowhere
     """
-    def __init__(self, points: tuple[tuple[int, int], ...]): # coordinates of each point
+    def __init__(self, points: tuple[tuple[int, ...], ...], # coordinates of each point, k = 2 or 3
+                 close: float = 0.): # where offsets are seen close up, too; 0: nowhere
         super().__init__()
         first, second = torch.triu_indices(len(points), len(points), 1)
-        for name, value in dict(points=torch.tensor(points).reshape(-1, 2), first=first, second=second).items():
+        for name, value in dict(points=torch.tensor(points), first=first, second=second).items():
             self.register_buffer(name, value, persistent=False)
-        self.width = len(first) * (2 + 3 * len(RBF_CENTRES))
+        self.close, k, n = close, len(points[0]), len(RBF_CENTRES)
+        self.width = len(first) * (k + n + n * k + (k if close else 0))
 
     def forward(self, s: Tensor) -> Tensor:
-        x = s[..., self.points]                                                       # (..., n, 2)
-        offset = x[..., self.first, :] - x[..., self.second, :]                       # (..., P, 2)
+        x = s[..., self.points]                                                       # (..., n, k)
+        offset = x[..., self.first, :] - x[..., self.second, :]                       # (..., P, k)
         distance = offset.pow(2).sum(-1, keepdim=True).add(1e-6).sqrt()
         near = torch.exp(-((distance - s.new_tensor(RBF_CENTRES)) / RBF_WIDTH)**2)    # (..., P, 3)
-        way = near[..., None] * (offset / distance)[..., None, :]                     # (..., P, 3, 2)
-        return torch.cat([offset.flatten(-2), near.flatten(-2), way.flatten(-3)], -1)
+        way = near[..., None] * (offset / distance)[..., None, :]                     # (..., P, 3, k)
+        out = [offset.flatten(-2), near.flatten(-2), way.flatten(-3)]
+        if self.close:
+            out.append((offset / self.close).tanh().flatten(-2))
+        return torch.cat(out, -1)
 
 # %% ../../nbs/lm/25_maps.ipynb #0504056c
 class StateFeatures(nn.Module):
@@ -56,7 +63,7 @@ class StateFeatures(nn.Module):
             raise ValueError(f"features name coordinates {min(named)} to {max(named)}: "
                              f"a state has {state_dim} numbers, counted from 0")
         self.spec = spec
-        self.pairs = PairwiseFeatures(spec.points) if len(spec.points) > 1 else None
+        self.pairs = PairwiseFeatures(spec.points, spec.close) if len(spec.points) > 1 else None
         self.width = state_dim + (self.pairs.width if self.pairs else 0)
         self.width += 2 * len(spec.angles) + sum(n for _, n in spec.one_of)
 
@@ -176,15 +183,23 @@ class Normaliser:
         t = rollouts.transitions()
         if not len(t["actions"]):
             raise ValueError("no transitions: cannot fit a normaliser to an empty data set")
-        s = t["states"].astype(np.float64)
+        mean, std = _by_axis(t["states"].astype(np.float64), features)
         step = (t["next_states"] - t["states"]).astype(np.float64)
         jump = (rollouts.last_states - rollouts.states[:, 0]).astype(np.float64)
-        return cls(s.mean(0), _above_zero(s.std(0)), _spread(step, features), _spread(jump, features))
+        return cls(mean, std, _spread(step, features), _spread(jump, features))
 
     @classmethod
     def default(cls, state_dim: int) -> Normaliser:
         "Before there are data."
         return cls((0.,) * state_dim, (.3,) * state_dim)
+
+
+def _by_axis(states: np.ndarray, features: Features) -> tuple[np.ndarray, np.ndarray]: # (N, S) -> (S,) both
+    "Mean and standard deviation of each coordinate; one for all points along each axis."
+    mean, std = states.mean(0), states.std(0)
+    for axis in map(list, zip(*features.points)):
+        mean[axis], std[axis] = states[:, axis].mean(), states[:, axis].std()
+    return mean, _above_zero(std)
 
 
 def _spread(change: np.ndarray, features: Features) -> Scale: # (N, S)

@@ -83,6 +83,8 @@ class ModelSpec:
         what the numbers of a state are to each other
     hidden
         width of embeddings and heads inside
+    action_head
+        of continuous actions, see `kalm.lm.actions.CONTINUOUS`
     prompts
         task -> wordings, each a tuple of texts, see kalm.lm.sequences
     domain
@@ -92,6 +94,7 @@ class ModelSpec:
     codec: Actions
     features: Features = Features() # what the numbers of a state are to each other
     hidden: int = 512               # width of embeddings and heads inside
+    action_head: str = "gaussian"   # of continuous actions, see `kalm.lm.actions.CONTINUOUS`
     prompts: Mapping = field(default_factory=dict)  # task -> wordings, each a tuple of texts, see kalm.lm.sequences
     domain: str = ""                # its name
 
@@ -110,12 +113,13 @@ class KalmLM(nn.Module):
         self.backbone, self.tokenizer, self.name = backbone, tokenizer, name
         self.state_dim, self.codec, self.features_spec = spec.state_dim, spec.codec, spec.features
         self.hidden, self.prompts, self.domain = spec.hidden, spec.prompts, spec.domain
+        self.action_head_kind = spec.action_head
         self.sure: float | None = None                # see `kalm.lm.explain.calibrate`
         self.weights_id, self.adapter = weights_id(backbone), None
         self.begin = beginning_of_text(tokenizer)     # token ids that every sequence begins with, often none
         self.windows = attention_windows(backbone)    # kind of layer -> how far back it sees
         self.max_length = most_positions(backbone)
-        self.maps = action_maps(spec.codec)
+        self.maps = action_maps(spec.codec, spec.action_head)
         self.state_features = StateFeatures(spec.features, spec.state_dim)
         D, F, hidden, rms = width_of(backbone), self.state_features.width, spec.hidden, embedding_size(backbone)
         self.state_embed = StateEmbedding(F, D, hidden, rms)
@@ -381,7 +385,8 @@ def header(self: KalmLM) -> dict:
     "All but the weights, as JSON."
     about = dict(format=FORMAT, backbone=self.name, weights_id=self.weights_id,
                  scratch=getattr(self.backbone, "scratch", None), domain=self.domain, state_dim=self.state_dim,
-                 actions=self.codec.spec(), features=asdict(self.features_spec), hidden=self.hidden,
+                 actions=self.codec.spec(), action_head=self.action_head_kind,
+                 features=asdict(self.features_spec), hidden=self.hidden,
                  adapter=self.adapter and asdict(self.adapter), normaliser=asdict(self.normaliser),
                  prompts=self.prompts, sure=self.sure)
     return json.loads(json.dumps(about))  # lists for tuples
@@ -430,7 +435,8 @@ def _model_of(c: dict, folder: Path, backbone: str | None, dtype: torch.dtype) -
         raise ValueError(f"{folder} was trained on backbone {c['backbone']!r} ({c['weights_id']}), but {name!r} is "
                          f"{found}: load it with the backbone it was made for")
     lm = KalmLM(model, tokenizer, name, state_dim=c["state_dim"], codec=actions_from_spec(c["actions"]),
-                features=Features(**c["features"]), hidden=c["hidden"], prompts=c["prompts"], domain=c["domain"])
+                features=Features(**c["features"]), hidden=c["hidden"], prompts=c["prompts"], domain=c["domain"],
+                action_head=c.get("action_head", "gaussian"))
     lm.normalise(Normaliser(**c["normaliser"]))
     lm.sure = c.get("sure")
     return lm.adapt(Adapter(**c["adapter"])) if c["adapter"] else lm

@@ -55,6 +55,8 @@ class GroundConfig:
         rank of LoRA, or full=True for all weights
     scratch
         random weights in place of the pretrained ones
+    action_head
+        of continuous actions, see `kalm.lm.actions.CONTINUOUS`
     start
         folder of a checkpoint to begin with; "shipped": the one that ships for the domain
     meanings
@@ -104,6 +106,7 @@ class GroundConfig:
     backbone: str = DEFAULT_BACKBONE  # a causal language model: a hub name, a folder, or "tiny-random" to try things
     adapter: Adapter = Adapter()   # rank of LoRA, or full=True for all weights
     scratch: bool = False          # random weights in place of the pretrained ones
+    action_head: str = "gaussian"  # of continuous actions, see `kalm.lm.actions.CONTINUOUS`
     start: str = ""                # folder of a checkpoint to begin with; "shipped": the one that ships for the domain
     # the tasks
     task_weights: TaskWeights = TaskWeights()

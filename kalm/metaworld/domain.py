@@ -40,7 +40,7 @@ class MetaWorld(Domain):
     behaviours = BEHAVIOURS
     words = MetaWorldWords()
     limits = LIMITS
-    features = Features(points=((0, 1), (4, 5), (11, 12), (18, 19)))
+    features = Features(points=((0, 1, 2), (4, 5, 6), (11, 12, 13), (18, 19, 20)), close=.3)
 
     def goals(self, level: str) -> list[Goal]:
         "The sentences of a level, always in the same order."

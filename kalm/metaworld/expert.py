@@ -14,10 +14,10 @@ from metaworld.policies import ENV_POLICY_MAP
 from ..core.domain import Behaviour
 from ..core.files import numpy_rng
 from .simulator import TURNED, MetaWorldSimulator
-from .tasks import HAND, ONE, TWO
+from .tasks import FINGERS, HAND, ONE, TWO
 
 # %% auto #0
-__all__ = ['HINGE', 'NOISE', 'BEHAVIOURS', 'scripted', 'expert', 'medium']
+__all__ = ['HINGE', 'NOISE', 'WHIMS', 'LEG', 'BEHAVIOURS', 'scripted', 'expert', 'medium']
 
 # %% ../../nbs/metaworld/40_expert.ipynb #2af2a5f8
 @cache
@@ -78,16 +78,27 @@ def scripted(name: str, seen: np.ndarray, first: np.ndarray) -> np.ndarray: # (4
 
 # %% ../../nbs/metaworld/40_expert.ipynb #4b1d13ab
 NOISE = (0., .1, .2, .3)   # standard deviations, one a rollout
+WHIMS, LEG = 1 / 3, 4      # share of rollouts that have one, and decisions for each of its two ways
 
 
-def _noise_of(seed: int) -> float:
-    return NOISE[int(numpy_rng(seed, "noise").integers(len(NOISE)))]
+def _by_script(simulator: MetaWorldSimulator, row: int) -> np.ndarray:
+    return scripted(simulator.tasks[row].name, simulator.episodes[row].seen, simulator.begin[row])
 
 
-def _act(simulator: MetaWorldSimulator, rows: np.ndarray, noise: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    actions = [scripted(simulator.tasks[row].name, simulator.episodes[row].seen, simulator.begin[row]) for row in rows]
-    actions = np.array(actions).reshape(-1, 4) + noise[:, None] * rng.normal(size=(len(rows), 4))
-    return np.clip(actions, -1, 1).astype(np.float32)
+def _by_mood(simulator: MetaWorldSimulator, row: int, normal: np.ndarray) -> np.ndarray:
+    "The script, or a whim, with as much of the noise `normal` (4,) as the rollout's seed says."
+    rng = numpy_rng(int(simulator.seeds[row]), "mood")
+    noise, has_whim, begins = NOISE[rng.integers(len(NOISE))], rng.random() < WHIMS, rng.integers(12)
+    beside, grip = rng.uniform((-.12, -.12, -.02), (.12, .12, .1)), rng.choice((-1., 1.))
+    since, thing = int(simulator.taken[row]) - begins, simulator.states[row, ONE] - FINGERS
+    if not (has_whim and 0 <= since < 2 * LEG):
+        return _by_script(simulator, row) + noise * normal
+    place = thing + beside * (1 if since < LEG else (-1, -1, 1))
+    return _towards(simulator.states[row, HAND], place, grip) + noise * normal
+
+
+def _together(actions: list[np.ndarray]) -> np.ndarray:
+    return np.clip(np.array(actions).reshape(-1, 4), -1, 1).astype(np.float32)
 
 
 def expert(simulator: MetaWorldSimulator, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray: # (n, 4)
@@ -98,18 +109,19 @@ def expert(simulator: MetaWorldSimulator, rows: np.ndarray, rng: np.random.Gener
     np.ndarray
         (n, 4)
     """
-    return _act(simulator, rows, np.zeros(len(rows)), rng)
+    return _together([_by_script(simulator, row) for row in rows])
 
 
 def medium(simulator: MetaWorldSimulator, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray: # (n, 4)
-    """The scripts with noise, as much as each rollout's seed says.
+    """The scripts with noise and whims, as each rollout's seed says.
 
     Returns
     -------
     np.ndarray
         (n, 4)
     """
-    return _act(simulator, rows, np.array([_noise_of(int(simulator.seeds[row])) for row in rows]), rng)
+    normal = rng.normal(size=(len(rows), 4))
+    return _together([_by_mood(simulator, row, z) for row, z in zip(rows, normal)])
 
 
 BEHAVIOURS = {"medium": Behaviour(medium, keep_failures=True), "expert": Behaviour(expert)}

@@ -210,7 +210,7 @@ def _borrow(task: Task) -> Bench:
 
 
 class MetaWorldSimulator:
-    "Episodes side by side, see `kalm.core.domain.Simulator`. `episodes` are for scripts that look behind them."
+    "Episodes side by side, see `kalm.core.domain.Simulator`. Scripts look behind them, at `episodes` and `taken`."
     codec = ContinuousActions((-1.,) * 4, (1.,) * 4)
 
     def __init__(self, goals: Sequence[Goal], index: np.ndarray, seeds: np.ndarray):
@@ -220,7 +220,7 @@ class MetaWorldSimulator:
         self._benches = {name: _borrow(TASKS[name]) for name in sorted({task.name for task in self.tasks})}
         self.episodes = [self._benches[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
         self.states = np.array([e.state for e in self.episodes], np.float32).reshape(-1, 21)
-        self.begin = self.states.copy()
+        self.begin, self.taken = self.states.copy(), np.zeros(len(self.states), np.int64)   # decisions so far
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "See `kalm.core.domain.Simulator`."
@@ -231,6 +231,7 @@ class MetaWorldSimulator:
             bench = self._benches[self.tasks[row].name]
             self.episodes[row], success[k] = bench.decide(self.episodes[row], actions[k])
             self.states[row] = self.episodes[row].state
+        self.taken[rows] += 1
         progress = progress_rows(self.goals, self.index[rows], before[rows], self.states[rows], self.begin[rows])
         reward = np.where(success, SUCCESS_REWARD, 10 * progress).astype(np.float32)
         return reward, success, np.zeros(len(rows), bool)

@@ -19,7 +19,7 @@ from .train import Learner, adam, goal_mlps, train
 from ..tensors.store import torch_rng
 
 # %% auto #0
-__all__ = ['BCLoss', 'bc_loss', 'GaussianBCLoss', 'gaussian_bc_loss', 'BC']
+__all__ = ['BCLoss', 'bc_loss', 'GaussianBCLoss', 'gaussian_bc_loss', 'MedianBCLoss', 'median_bc_loss', 'BC']
 
 # %% ../../nbs/rl/50_bc.ipynb #915196a3
 @dataclass(frozen=True)
@@ -105,19 +105,54 @@ def gaussian_bc_loss(outputs: Tensor, # (..., B, 2k)
     nll = .5 * (off / log_std.exp()).square() + log_std + .5 * math.log(2 * math.pi)
     return GaussianBCLoss((weights * nll.sum(-1)).mean(-1), off.abs().mean((-2, -1)), log_std.exp().mean((-2, -1)))
 
+
+@dataclass(frozen=True)
+class MedianBCLoss:
+    """Behaviour cloning of continuous actions by absolute error, batch means (...).
+
+    Parameters
+    ----------
+    loss
+        distance from the data's action by weights, mean over numbers, in halves of the range
+    error
+        without weights
+    """
+    loss: Tensor   # distance from the data's action by weights, mean over numbers, in halves of the range
+    error: Tensor  # without weights
+
+
+def median_bc_loss(outputs: Tensor, # (..., B, k)
+                   actions: Tensor, # (..., B, k) scaled to -1 to 1
+                   weights: Tensor | float = 1. # (..., B)
+                  ) -> MedianBCLoss:
+    """Absolute error of an action that is squashed into the box.
+
+    Parameters
+    ----------
+    outputs
+        (..., B, k)
+    actions
+        (..., B, k) scaled to -1 to 1
+    weights
+        (..., B)
+    """
+    off = (actions - outputs.tanh()).abs()
+    return MedianBCLoss((weights * off.mean(-1)).mean(-1), off.mean((-2, -1)))
+
 # %% ../../nbs/rl/50_bc.ipynb #acd61c8b
 class _BCLearner(Learner):
     def __init__(self, net: GoalMLPs, head: str, settings: BC, codec: Actions):
         super().__init__(dict(policy=net), dict(policy=adam(net.parameters(), settings.lr)), head=head)
         self.net, self.beta, self.codec = net, settings.beta, codec
 
-    def loss(self, batch: Batch) -> BCLoss | GaussianBCLoss:
+    def loss(self, batch: Batch) -> BCLoss | GaussianBCLoss | MedianBCLoss:
         outputs = self.net(batch.states, batch.encodings)
         if self.head == "categorical":
             return bc_loss(outputs, batch.actions, self.beta, batch.weights)
-        return gaussian_bc_loss(outputs, scaled_actions(batch.actions, self.codec), batch.weights)
+        imitation = median_bc_loss if self.head == "deterministic" else gaussian_bc_loss
+        return imitation(outputs, scaled_actions(batch.actions, self.codec), batch.weights)
 
-    def update(self, batch: Batch) -> BCLoss | GaussianBCLoss:
+    def update(self, batch: Batch) -> BCLoss | GaussianBCLoss | MedianBCLoss:
         record = self.loss(batch)
         self.minimise("policy", record.loss)
         return record
@@ -133,20 +168,25 @@ class BC:
         of the penalty on confidence; discrete actions only
     temperature
         of the policy's draws; 0 takes the likeliest action, as the paper does
+    head
+        of continuous actions; "deterministic": absolute error, nothing to draw from
     """
     batch_size: int = 100
     lr: float = 1e-3
     beta: float = .5          # of the penalty on confidence; discrete actions only
     hidden: int = 256
     temperature: float = 0.   # of the policy's draws; 0 takes the likeliest action, as the paper does
+    head: str = "gaussian"    # of continuous actions; "deterministic": absolute error, nothing to draw from
     name = "bc"
 
     def __post_init__(self):
         check_numbers(self, dict(batch_size=1, hidden=1))
+        if self.head not in ("gaussian", "deterministic"):
+            raise ValueError(f"head {self.head!r}: expected gaussian or deterministic")
 
     def learner(self, replay: Replay, seeds: Sequence[int]) -> Learner:
         "Fresh networks and their optimiser, one a seed."
-        head = "categorical" if isinstance(replay.codec, DiscreteActions) else "gaussian"
+        head = "categorical" if isinstance(replay.codec, DiscreteActions) else self.head
         rngs = [torch_rng(s, self.name, "weights") for s in seeds]
         net = goal_mlps(replay, rngs, head_outputs(head, replay.codec), hidden=self.hidden)
         return _BCLearner(net, head, self, replay.codec)

@@ -160,11 +160,11 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
     "All shards of a level; those that passed the filter, made possible where they were not."
     raw, passed = _shards(run, lm, level, plan, folder)
     counts = dict(imagined=len(raw), distrusted=int((~passed).sum()))
-    if plan.tries:
+    if plan.tries and plan.filter == "round_trip":
         judged = np.array([bool(run.domain.words.checked_by(goal)) for goal in raw.goals], bool)
         counts["not_judged"] = int((~judged[raw.goal]).sum())
     if not passed.any():
-        run.say(f"  {level}: no rollout passed the round trip, so all are kept")
+        run.say(f"  {level}: no rollout passed the filter, so all are kept")
         passed[:] = True
     kept = raw[np.flatnonzero(passed)]
     if run.domain.limits is not None:
@@ -259,7 +259,7 @@ def _imagined_now(run: Run, lm: KalmLM, goals: list[Goal], plan: Imagined, index
     settings = Imagination(seed=run.preset.seed, max_steps=run.preset.imagine_steps, batch_size=SHARD,
                            tries=max(1, plan.tries), progress=False)
     if plan.tries:
-        return imagine_filtered(lm, run.domain, goals, index, states, seeds, settings)
+        return imagine_filtered(lm, run.domain, goals, index, states, seeds, settings, plan.filter)
     request = lm, run.domain, goals, index, states, seeds, settings
     if not plan.parts:
         return generate(*request), np.ones(len(index), bool)

@@ -1,0 +1,71 @@
+"""Ground small variants of the model in a world and measure each: results/DOMAIN_grounding.csv, one row a variant.
+
+    python experiments/ground_variants.py metaworld [--data runs/metaworld/data] [--only gaussian bins ...] [--keep]
+
+Variants differ in one respect from the settings of the preset `checkpoint` and see as many tokens of the same rollouts.
+Collect the rollouts with `kalm collect --domain metaworld --preset checkpoint`.
+"""
+
+import argparse
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from measures import of_levels, of_steps
+from tables import add, there
+
+import kalm
+from kalm.core.files import read_csv
+from kalm.core.rollouts import Rollouts
+from kalm.lm.actions import CONTINUOUS
+from kalm.lm.ground import ground
+from kalm.lm.model import KalmLM
+from kalm.run.folder import commit, device
+from kalm.run.presets import preset
+from kalm.tensors.store import fast_dtype
+
+VARIANTS = {head: dict(action_head=head) for head in CONTINUOUS} | dict(random_weights=dict(scratch=True))
+HELD_OUT = 8   # every eighth rollout is not learned from
+
+
+def measure(name: str, a: argparse.Namespace) -> dict:
+    "Ground one variant in its own folder, where it can be stopped and goes on, and measure it."
+    d, folder = kalm.domain(a.domain), a.out / f"{a.domain}-{name}-{a.steps}-{a.seed}"
+    real = Rollouts.load(a.data / "rollouts.npz")
+    held_out = [i for i in range(len(real)) if i % HELD_OUT == 0]
+    base = preset(d, "checkpoint").ground
+    config = replace(base, steps=a.steps, seed=a.seed, log_every=min(10, a.steps), checkpoint_every=min(50, a.steps),
+                     **VARIANTS[name])
+    ground(d, real[[i for i in range(len(real)) if i % HELD_OUT]], config, out=folder)
+    log = read_csv(folder / "log.csv")[-1]
+    lm = KalmLM.from_pretrained(folder, device=device(), dtype=fast_dtype(device()))
+    row = dict(tokens=log["tokens"], ground_seconds=log["seconds"], **of_steps(lm, d, real[held_out[:a.rollouts]]))
+    row |= of_levels(lm, d, a.rollouts)
+    if not a.keep:
+        shutil.rmtree(folder)
+    return row
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("domain")
+    p.add_argument("--data", type=Path, default=Path("runs/metaworld/data"))
+    p.add_argument("--steps", type=int, default=250)
+    p.add_argument("--rollouts", type=int, default=200)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS])
+    p.add_argument("--keep", action="store_true", help="keep the weights")
+    p.add_argument("--out", type=Path, default=Path("runs/variants"))
+    p.add_argument("--results", type=Path)
+    a = p.parse_args()
+    a.results = a.results or Path(f"results/{a.domain}_grounding.csv")
+    for name in a.only:
+        key = dict(variant=name, steps=a.steps, rollouts=a.rollouts, seed=a.seed)
+        if not there(a.results, **key):
+            began = time.monotonic()
+            add(a.results, key | measure(name, a) | dict(commit=commit()), began)
+
+
+if __name__ == "__main__":
+    main()
