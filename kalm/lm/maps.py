@@ -15,8 +15,8 @@ from ..core.domain import Features
 from ..core.rollouts import Rollouts
 
 # %% auto #0
-__all__ = ['RBF_CENTRES', 'RBF_WIDTH', 'Scale', 'STILL', 'PairwiseFeatures', 'StateFeatures', 'nearest_class', 'StateEmbedding',
-           'init_linear', 'Head', 'Normaliser']
+__all__ = ['RBF_CENTRES', 'RBF_WIDTH', 'Scale', 'STILL', 'UNSEEN', 'PairwiseFeatures', 'StateFeatures', 'nearest_class',
+           'StateEmbedding', 'init_linear', 'Head', 'Normaliser']
 
 # %% ../../nbs/lm/25_maps.ipynb #f45b9b94
 RBF_CENTRES = (1., 1.5, 2.1)  # of two points' distance, in standard deviations of a coordinate
@@ -140,7 +140,8 @@ class Head(nn.Module):
 
 # %% ../../nbs/lm/25_maps.ipynb #1e4b730f
 Scale = float | tuple[float, ...]
-STILL = 1e-3  # at most added to standard deviations: a coordinate that never changes is divided by this, not by zero
+STILL = 1e-3  # at most added to standard deviations of changes: what never changes is divided by this, not by zero
+UNSEEN = 1e6  # standard deviation of a coordinate that is the same in all data
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,12 @@ class Normaliser:
 def _by_axis(states: np.ndarray, features: Features) -> tuple[np.ndarray, np.ndarray]: # (N, S) -> (S,) both
     "Mean and standard deviation of each coordinate; one for all points along each axis."
     mean, std = states.mean(0), states.std(0)
-    for axis in map(list, zip(*features.points)):
-        mean[axis], std[axis] = states[:, axis].mean(), states[:, axis].std()
-    return mean, _above_zero(std)
+    varies = std > 1e-9
+    for axis in zip(*features.points):
+        axis = [i for i in axis if varies[i]]
+        if axis:
+            mean[axis], std[axis] = states[:, axis].mean(), states[:, axis].std()
+    return mean, np.where(varies, _above_zero(std), UNSEEN)
 
 
 def _spread(change: np.ndarray, features: Features) -> Scale: # (N, S)

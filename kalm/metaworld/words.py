@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core.domain import Words
 from ..core.goals import Goal
+from .scenes import scene
 from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO, task_of
 
 # %% auto #0
@@ -92,3 +93,7 @@ class MetaWorldWords(Words):
     def meaning(self, goal: Goal) -> str:
         "A thing and what becomes of it."
         return KEY_WORDS[task_of(goal).name]
+
+    def scene(self, rng: np.random.Generator) -> tuple[str, str]:
+        "A text about other things, see `kalm.metaworld.scenes`."
+        return scene(rng)

@@ -128,12 +128,12 @@ class Scales(NamedTuple):
     centre
         (S,) float32
     scale
-        (S,) float32, powers of ten
+        (S,) float32, powers of ten; 0 for a coordinate that is the same in all data
     reward
         a power of ten
     """
     centre: np.ndarray # (S,) float32
-    scale: np.ndarray  # (S,) float32, powers of ten
+    scale: np.ndarray  # (S,) float32, powers of ten; 0 for a coordinate that is the same in all data
     reward: float = 1. # a power of ten
 
     @property
@@ -160,6 +160,8 @@ def _power_of_ten(size: float, wanted: float) -> float:
 
 def scales_of(datasets: Sequence[Rollouts]) -> Scales:
     "Scales by the real rollouts, or by all where none is real. Of each coordinate the outermost hundredth is left out."
+    every = np.concatenate([r.transitions()["states"] for r in datasets])
+    still = every.min(0) == every.max(0)
     real = [r[r.source == REAL] for r in datasets]
     datasets = real if any(r.lengths.sum() for r in real) else datasets
     states = np.concatenate([r.transitions()["states"] for r in datasets]).astype(np.float64)
@@ -170,7 +172,8 @@ def scales_of(datasets: Sequence[Rollouts]) -> Scales:
     sizes = np.where(far, spread, np.quantile(np.abs(states), .99, axis=0))
     returns = np.concatenate([np.where(r.mask, r.rewards, 0).sum(1, dtype=np.float64) for r in datasets])
     scale = [1 if STAY[0] <= size <= STAY[1] else _power_of_ten(size, 1) for size in sizes]
-    return Scales(centre.astype(np.float32), np.array(scale, np.float32), _power_of_ten(np.abs(returns).max(), 100))
+    scale = np.where(still, 0, scale)   # what a network would make of another value is chance
+    return Scales(centre.astype(np.float32), scale.astype(np.float32), _power_of_ten(np.abs(returns).max(), 100))
 
 # %% ../../nbs/rl/20_replay.ipynb #955725af
 def _unlike_rewards(datasets: Sequence[Rollouts]) -> bool:

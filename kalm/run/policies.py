@@ -15,7 +15,7 @@ import torch
 
 from ..core.domain import Domain
 from ..core.episodes import Evaluation, evaluate
-from ..core.files import check_sha256, claim, cut_csv, lock_file
+from ..core.files import check_sha256, claim, cut_csv, lock_file, save_json
 from ..core.progress import progress_bar
 from ..core.results import read_results, write_result
 from ..core.rollouts import Rollouts
@@ -371,7 +371,7 @@ def own_results(run: Run) -> list[dict[str, str]]:
 
 
 def evaluate_stage(run: Run) -> None:
-    "results.csv: a row for each method, level, seed and checkpoint; acted/METHOD/LEVEL.npz: episodes to look at."
+    "results.csv: a row for each method, level, seed and checkpoint; episodes/: how each ended; acted/: some whole."
     path, rows = run.out/"results.csv", rows_of(run)
     for row in rows:
         if row.folder:
@@ -403,12 +403,14 @@ def _evaluated(run: Run, todo: list[Row]) -> Iterator[tuple[Row, Evaluation]]:
 
 
 def _store(run: Run, path: Path, row: Row, e: Evaluation) -> None:
-    "Write the row, one more for each kind of sentence if there are several, and episodes that were kept."
+    "Write the row, one more for each kind of sentence if there are several; how each episode ended; those kept whole."
     about = dict(domain=run.domain.name, preset=run.preset.name, backend=run.preset.ground.backbone, config=run.config,
                  commit=commit(), method=row.method, level=row.level, seed=row.seed, step=row.step)
     kinds = {kind: counts for kind, counts in e.per_kind().items() if kind}
     for kind, (successes, episodes) in kinds.items():
         write_result(path, kind=kind, episodes=episodes, successes=successes, **about)
     write_result(path, episodes=e.episodes, successes=e.successes, **about)
+    save_json(run.out/"episodes"/row.method/f"{row.level}-{row.seed}-{row.step}.json",
+              dict(goal=e.goal.tolist(), success=e.success.tolist(), length=e.length.tolist()))
     if e.rollouts is not None:
         e.rollouts.save(run.out/"acted"/row.method/f"{row.level}.npz")

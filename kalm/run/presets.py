@@ -205,8 +205,9 @@ CLEVR = {p.name: p for p in (
 )}
 
 # %% ../../nbs/run/10_presets.ipynb #0adbdfbf
-METAWORLD_GROUND = replace(CLEVR_GROUND, max_length=39, branches=4, task_weights=TaskWeights(
-    generate=1., dynamics=.3, explain=.2, consequence=.05, caption=.2, question=.2, text=.05))
+METAWORLD_GROUND = replace(CLEVR_GROUND, steps=1600, action_head="median", max_length=39, branches=4, compose=.2,
+                           scenes=.5, task_weights=TaskWeights(generate=1., dynamics=.3, explain=.2, consequence=.05,
+                                                               caption=.2, question=.2, text=.05))
 
 
 def arm_levels(rephrase: int, easy: int, hard: int, tries: int = 4) -> dict[str, Imagined]:
@@ -233,7 +234,7 @@ METAWORLD = {p.name: p for p in (
            METAWORLD_GROUND, arm_levels(4000, 4000, 2000), arm(30_000), imagine_steps=40, mixing=ARM, episodes=1000,
            baselines=ALL_BASELINES),
     Preset("checkpoint", "how the shipped checkpoint is grounded; some hours on two cores", 12_800, 12_800,
-           replace(METAWORLD_GROUND, steps=3000), arm_levels(1000, 800, 400), arm(10_000), shipped=False,
+           METAWORLD_GROUND, arm_levels(1000, 800, 400), arm(10_000), shipped=False,
            imagine_steps=40, mixing=ARM),
 )}
 

@@ -163,16 +163,24 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
     if plan.tries and plan.filter == "round_trip":
         judged = np.array([bool(run.domain.words.checked_by(goal)) for goal in raw.goals], bool)
         counts["not_judged"] = int((~judged[raw.goal]).sum())
-    if not passed.any():
-        run.say(f"  {level}: no rollout passed the filter, so all are kept")
-        passed[:] = True
-    kept = raw[np.flatnonzero(passed)]
+    kept = raw[np.flatnonzero(passed | _spared(run, level, raw, passed, plan.filter))]
     if run.domain.limits is not None:
         kept, repaired = repair_unreal(kept, run.domain)
         counts |= repaired
     kept.save(folder/"rollouts.npz")
     save_json(folder/"quality.json", asdict(quality(kept, run.domain)) | counts)
     seal(folder/"quality.json")
+
+
+def _spared(run: Run, level: str, raw: Rollouts, passed: np.ndarray, filter: str) -> np.ndarray: # (B,) bool
+    """Rollouts that are kept although they did not pass: all, if none of the level did.
+    One that does not meet its goal may still be on its way: all of a task, if none of the task did."""
+    task = np.array([goal.key if filter == "met" else "" for goal in raw.goals])[raw.goal]
+    missed = {*task} - {*task[passed]}
+    if missed:
+        whose = f"of {len(missed)} tasks " if filter == "met" else ""
+        run.say(f"  {level}: {whose}no rollout passed the filter, so all are kept")
+    return np.isin(task, [*missed])
 
 
 def _summary(q: dict) -> str:

@@ -234,7 +234,15 @@ def test_limits_that_make_no_sense_are_refused(low, high, more):
         Limits(low, high, **more)
 
 
-@pytest.mark.parametrize("wrong", [dict(angles=(1.7,)), dict(one_of=((0, 0),)), dict(points=((0, 1, 2),))])
+@pytest.mark.parametrize("wrong", [dict(angles=(1.7,)), dict(one_of=((0, 0),)), dict(points=((0, 1, 2, 3),))])
 def test_features_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        Features(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(points=((0, 1), (2, 3, 4))), dict(points=((0,), (1,))),
+                                   dict(points=((0, 1, 2, 3),)), dict(close=-1.0), dict(close=float("nan"))])
+def test_points_are_all_of_a_plane_or_all_of_space(wrong):
+    assert Features(points=((0, 1, 2), (3, 4, 5)), close=0.3).coordinates == [0, 1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="expected"):
         Features(**wrong)

@@ -6,7 +6,7 @@ import torch
 
 from kalm.core.actions import ContinuousActions, DiscreteActions
 from kalm.core.files import numpy_rng
-from kalm.lm.actions import LOG_STD, NEAR, action_maps, choose, weighted_mean
+from kalm.lm.actions import BINS, LOG_STD, NEAR, PLAIN_STD, action_maps, choose, weighted_mean
 from kalm.tensors.store import torch_rng
 
 PUSHES = DiscreteActions(5)
@@ -183,3 +183,62 @@ def test_outputs_and_draws_have_the_widths_of_their_codec():
     assert (action_maps(PUSHES).outputs, action_maps(ARM).outputs) == (6, 7)
     assert action_maps(PUSHES).draw(rng, 4).shape == action_maps(PUSHES).no_draws(4).shape == (4,)
     assert action_maps(ARM).draw(rng, 4).shape == action_maps(ARM).no_draws(4).shape == (4, 3)
+
+
+# ---------------------------------------------------------------- other heads
+
+
+def fitted(head: str, shown: torch.Tensor) -> tuple:
+    "Maps of a head, and what a free vector of outputs becomes that learns one coordinate's actions (N, 1)."
+    maps = action_maps(ContinuousActions((-1.0,), (1.0,)), head)
+    free = torch.zeros(maps.outputs, requires_grad=True)
+    adam = torch.optim.Adam([free], lr=0.03)
+    never, alike = torch.zeros(len(shown), dtype=bool), torch.ones(len(shown))
+    for _ in range(500):
+        adam.zero_grad()
+        maps.loss(free.expand(len(shown), -1), shown, never, alike).loss.backward()
+        adam.step()
+    return maps, free.detach()
+
+
+@pytest.mark.parametrize("head, likeliest", [("gaussian", 0.3), ("plain", 0.3), ("median", 0.9), ("bins", 0.9)])
+def test_what_is_likeliest_where_a_third_of_the_data_differs(head, likeliest):
+    maps, free = fitted(head, torch.tensor([[0.9], [0.9], [-0.9]]).repeat(20, 1))
+    action, done = maps.choose(free[None], maps.no_draws(1))
+    assert abs(action.item() - likeliest) < 0.05 and not done.any()
+
+
+@pytest.mark.parametrize("value", [-1.0, -0.52, 0.0, 0.337, 1.0])
+def test_bins_lose_no_resolution(value):
+    maps, free = fitted("bins", torch.full((4, 1), value))
+    assert maps.outputs == BINS + 1
+    assert abs(maps.choose(free[None], maps.no_draws(1))[0].item() - value) < 0.01
+
+
+def test_losses_of_fixed_spread_are_errors():
+    outputs, actions = torch.randn(6, 4), torch.rand(6, 3) * 2 - 1
+    done, weights = torch.zeros(6, dtype=bool), torch.ones(6)
+    box = ContinuousActions((-1.0,) * 3, (1.0,) * 3)
+    error, outputs[:, -1] = actions - outputs[:, :3], -50
+    plain, median = (action_maps(box, head).loss(outputs, actions, done, weights).loss for head in ("plain", "median"))
+    constant = 3 * np.log(PLAIN_STD * np.sqrt(2 * np.pi))
+    torch.testing.assert_close(plain, (error**2).sum(-1).mean() / (2 * PLAIN_STD**2) + constant, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(median, error.abs().sum(-1).mean() / PLAIN_STD, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["gaussian", "plain", "median", "bins"])
+def test_every_head_draws_within_bounds_and_again_the_same(head):
+    maps = action_maps(ARM, head)
+    outputs, draws = torch.randn(50, maps.outputs), maps.draw(numpy_rng(1, "draws"), 50)
+    rank = np.arange(50) % 2
+    first, again = (maps.choose(outputs, draws, rank=rank)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first >= ARM.low).all() and (first <= ARM.high).all()
+    certain = maps.choose(outputs, maps.no_draws(50))[0]
+    np.testing.assert_array_equal(first[rank == 0], certain[rank == 0])
+    assert (first[rank == 1] != certain[rank == 1]).any()
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="expected one of gaussian, plain, median, bins"):
+        action_maps(ARM, "mixture")

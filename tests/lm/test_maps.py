@@ -6,7 +6,7 @@ import torch
 from kalm.core.domain import Features
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import Rollouts
-from kalm.lm.maps import RBF_CENTRES, RBF_WIDTH, Head, Normaliser, PairwiseFeatures, StateFeatures
+from kalm.lm.maps import RBF_CENTRES, RBF_WIDTH, UNSEEN, Head, Normaliser, PairwiseFeatures, StateFeatures
 from kalm.tensors.store import torch_rng
 
 
@@ -157,3 +157,25 @@ def test_scales_hold_in_any_unit(unit):
 def test_statistics_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="of a normaliser .*expected finite numbers"):
         Normaliser(**dict(mean=(0.,), std=(1.,)) | wrong)
+
+
+def test_points_in_space_seen_close_up():
+    points, s = ((0, 1, 2), (6, 4, 5), (3, 7, 8)), torch.randn(9, 9, generator=torch_rng(0, "space"))
+    far, close = PairwiseFeatures(points)(s), PairwiseFeatures(points, close=0.4)(s)
+    assert far.shape == (9, 3 * (3 + 3 + 9)) and close.shape == (9, 3 * (3 + 3 + 9 + 3))
+    torch.testing.assert_close(close[:, :45], far)
+    offsets = torch.cat([s[:, list(points[i])] - s[:, list(points[j])] for i, j in ((0, 1), (0, 2), (1, 2))], 1)
+    torch.testing.assert_close(far[:, :9], offsets)
+    torch.testing.assert_close(close[:, 45:], (offsets / 0.4).tanh())
+
+
+def test_points_that_meet_are_told_apart_by_nothing():
+    "Each axis of all points has one mean and one spread; what never varies is not seen."
+    rng = numpy_rng(0, "meet")
+    states = rng.normal(size=(30, 5, 6)) * [1, 2, 1, 5, 2, 0] + [0, 0, 3, 0, 1, 7]
+    features = Features(points=((0, 1), (2, 4)))
+    n = Normaliser.fit(Rollouts(states, np.zeros((30, 4), int)), features)
+    assert (n.mean[0], n.std[0], n.mean[1], n.std[1]) == (n.mean[2], n.std[2], n.mean[4], n.std[4])
+    assert n.std[3] > 2 * n.std[0] and n.std[5] == UNSEEN
+    absent = Normaliser.fit(Rollouts(states * [1, 1, 0, 1, 0, 1], np.zeros((30, 4), int)), features)
+    assert absent.std[2] == absent.std[4] == UNSEEN and abs(absent.std[0] - 1) < 0.1

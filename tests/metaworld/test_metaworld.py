@@ -10,7 +10,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 import kalm
 from kalm.core.goals import Goal
 from kalm.metaworld.domain import METAWORLD
-from kalm.metaworld.expert import scripted
+from kalm.metaworld.expert import BEHAVIOURS, scripted
 from kalm.metaworld.simulator import HOLD, MetaWorldSimulator
 from kalm.metaworld.tasks import TASKS, success_rows
 
@@ -89,3 +89,27 @@ def test_goals_and_sentences():
     assert kalm.domain("metaworld").judged_only == ("unheard",)
     taught = {g.task["name"] for g in METAWORLD.goals("offline")}
     assert not taught & {g.task["name"] for level in ("easy", "hard") for g in METAWORLD.goals(level)}
+
+
+def test_whims_come_and_go():
+    "Where a rollout has a whim, its hand goes elsewhere for eight decisions; other rollouts follow the script."
+    seeds, goals = np.arange(40), [goal("reach")]
+    simulator, rng = MetaWorldSimulator(goals, [0] * 40, seeds), np.random.default_rng(0)
+    off = np.zeros((20, 40))
+    for t in range(20):
+        rows = np.arange(40)
+        actions = BEHAVIOURS["medium"].act(simulator, rows, rng)
+        meant = [scripted("reach", simulator.episodes[r].seen, simulator.begin[r]) for r in rows]
+        off[t] = np.abs(actions - meant).max(1)
+        simulator.step(rows, actions)
+    without_noise = off.min(0) == 0
+    whims = (off[:, without_noise] > 0.3).sum(0)
+    assert without_noise.sum() >= 5 and {*whims} <= set(range(9)) and 0 in whims and whims.max() >= 4
+
+
+def test_scenes_give_away_no_sentence():
+    said = [METAWORLD.words.scene(np.random.default_rng(k)) for k in range(300)]
+    known = {g.text for level in METAWORLD.levels for g in METAWORLD.goals(level)}
+    meant = {METAWORLD.words.meaning(g) for level in METAWORLD.levels for g in METAWORLD.goals(level)} - {"hand there"}
+    assert not {text for text, _ in said} & known
+    assert not {key for _, key in said if not key.endswith("hand there")} & meant

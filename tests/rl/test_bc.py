@@ -7,7 +7,7 @@ from small import BOX, FOUR, GOALS, Fake, replay, rollouts
 
 from kalm.core.files import numpy_rng
 from kalm.core.rollouts import IMAGINED, Rollouts
-from kalm.rl.bc import BC, bc_loss, gaussian_bc_loss
+from kalm.rl.bc import BC, bc_loss, gaussian_bc_loss, median_bc_loss
 from kalm.rl.encoder import Whitening
 from kalm.rl.replay import Replay
 from kalm.tensors.store import torch_rng
@@ -101,3 +101,25 @@ def test_the_policy_is_that_of_the_settings(codec, head, tmp_path):
     policy = BC(hidden=16, temperature=0.3).fit(replay(codec=codec), steps=2, seed=4)
     assert (policy.head, policy.codec, policy.temperature, policy.seed) == (head, codec, 0.3, 4)
     assert policy.algorithm == "bc" and policy.step == 2
+
+
+def test_absolute_error_follows_most_of_the_data():
+    "A third of the actions are of another kind: the Gaussian's mean goes between, the median does not."
+    actions = np.tile([[0.8, 1.0]], (60, 1)).astype(np.float32)
+    actions[::3] = [-0.8, 3.5]
+    data = _one_step(actions)
+    mean, median = (BC(head=head, lr=1e-2).fit(data, steps=400, seed=0) for head in ("gaussian", "deterministic"))
+    state, text = np.zeros((1, data.state_dim), np.float32), [data.texts[0]]
+    assert np.abs(median.act(state, text)[0] - [0.8, 1.0]).max() < 0.15
+    assert np.abs(mean.act(state, text)[0] - [0.8, 1.0]).max() > 0.2
+    outputs, shown, weights = torch.randn(5, 2), torch.rand(5, 2), torch.rand(5)
+    got = median_bc_loss(outputs, shown, weights)
+    torch.testing.assert_close(got.loss, (weights[:, None] * (shown - outputs.tanh()).abs()).mean())
+    with pytest.raises(ValueError, match="expected gaussian or deterministic"):
+        BC(head="squashed")
+
+
+def _one_step(actions: np.ndarray) -> Replay:
+    r = Rollouts(np.zeros((len(actions), 2, 3)), actions[:, None], goals=GOALS[:1], goal=np.zeros(len(actions), int),
+                 codec=BOX)
+    return Replay([r], encoder=Fake())
