@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle, FancyArrow, Rectangle
 
 from ..core.goals import Goal
 from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO
@@ -18,6 +18,7 @@ __all__ = ['OBJECTS', 'draw', 'action_words']
 # %% ../../nbs/metaworld/60_draw.ipynb #3d5dc4ba
 OBJECTS = ("#E69F00", "#9B59B6")   # colours of the first and the second object
 _HAND, _GOAL = "#c0392b", "#F0E442"
+_REACH = .12                                     # of the arrow of a full action, m
 _FRONT = -.25                                    # where height 0 lies in the picture, below the view from above
 
 
@@ -35,9 +36,17 @@ def _draw_hand(ax, place: np.ndarray, opening: float) -> None:
             ax.plot([x + side * gap] * 2, [y - .03, y + .03], color="k", lw=1.6, zorder=5)
 
 
+def _draw_action(ax, hand: np.ndarray, action: np.ndarray) -> None:
+    "Where an action (4,) sends the hand (3,): a full one about as far as the hand gets in a decision."
+    for (x, y), (u, v) in zip(_views(hand + FINGERS), _views(hand + FINGERS + _REACH * action[:3])):
+        colour = _HAND if action[3] > 0 else "white"
+        ax.add_patch(FancyArrow(x, y, u - x, v - y, width=.008, head_width=.035, length_includes_head=True, fc=colour,
+                                ec="k", lw=.5, zorder=6))
+
+
 def draw(ax, state: np.ndarray, before: np.ndarray | None = None, action: np.ndarray | None = None,
          goal: Goal | None = None) -> None:
-    "A state (21,) on matplotlib axes; lines from where things were `before` it. The goal's place is in the state."
+    "A state (21,) on matplotlib axes; lines from where things were `before` it, an arrow for the action (4,)."
     state = np.asarray(state, np.float64)
     ax.add_patch(Rectangle((-.55, .35), 1.1, .65, fc="#efe3d0", ec="k", lw=.6, zorder=0))
     ax.plot([-.55, .55], [_FRONT, _FRONT], color="k", lw=1, zorder=1)
@@ -53,6 +62,8 @@ def draw(ax, state: np.ndarray, before: np.ndarray | None = None, action: np.nda
         for thing, shift in ((HAND, FINGERS), (ONE, 0), (TWO, 0)):
             for (x, y), (u, v) in zip(_views(before[thing] + shift), _views(state[thing] + shift)):
                 ax.plot([x, u], [y, v], color="k", lw=1, zorder=2)
+    if action is not None:
+        _draw_action(ax, state[HAND] if before is None else before[HAND], np.asarray(action, np.float64))
     ax.set(xlim=(-.6, .6), ylim=(_FRONT - .08, 1.03), xticks=[], yticks=[])
     ax.set_aspect("equal")
 

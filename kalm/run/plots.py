@@ -71,6 +71,16 @@ PUBLISHED = {
                  "cql+kalm": dict(offline=48.8, rephrase=40.1, easy=33.2, hard=7.8),
                  "lm": dict(rephrase=23.4, easy=15.0, hard=0.9)},
         match=dict(rephrase=85., easy=36., hard=28.)),
+    "metaworld": dict(
+        source="arXiv 2404.09248, NeurIPS version, Llama-2-7B-chat, read off its bars to about 0.3 points",
+        model="Llama-2-7B-chat",
+        success={"bc": dict(offline=29.8, rephrase=12.4, easy=6.1, hard=3.4),
+                 "cql": dict(offline=29.2, rephrase=23.2, easy=5.4, hard=5.6),
+                 "td3bc": dict(offline=51.0, rephrase=29.5, easy=3.2, hard=7.9),
+                 "bc+kalm": dict(offline=41.2, rephrase=25.8, easy=12.0, hard=6.2),
+                 "cql+kalm": dict(offline=37.8, rephrase=25.6, easy=12.5, hard=6.0),
+                 "td3bc+kalm": dict(offline=46.1, rephrase=30.8, easy=10.6, hard=7.1)},
+        match={}),
 }
 _NOTHING = dict(source="", model="", success={}, match={})
 
