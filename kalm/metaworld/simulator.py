@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.actions import ContinuousActions
 from ..core.files import numpy_rng
@@ -137,7 +138,7 @@ def state_of(observation: np.ndarray, first: np.ndarray | None = None) -> np.nda
             state[turn] *= -1
     return state
 
-
+# %% ../../nbs/metaworld/30_simulator.ipynb #733b72d1
 class Bench:
     "The simulation of one task, in which episodes take turns."
     def __init__(self, task: Task, render_mode: str | None = None, size: tuple[int, int] = (240, 320)):
@@ -174,29 +175,35 @@ class Bench:
         places = model.body_pos.copy(), model.site_pos.copy(), np.array(self.env._target_pos)
         return Episode(physics, *places, seen, first)
 
-    def decide(self, episode: Episode, action: np.ndarray) -> tuple[Episode, bool]:
-        "Where an action (4,) leads that is held until success, or its time is over; and whether it succeeded."
-        env = self.env
-        self.restore(episode)
-        for _ in range(HOLD):
-            seen, *_, info = env.step(action)
-            if met := self._met(seen, episode.first, info):
-                break
-        return self._episode(seen, episode.first), met
+# %% ../../nbs/metaworld/30_simulator.ipynb #ec542e76
+@patch
+def decide(self: Bench, episode: Episode, action: np.ndarray) -> tuple[Episode, bool]:
+    "Where an action (4,) leads that is held until success, or its time is over; and whether it succeeded."
+    env = self.env
+    self.restore(episode)
+    for _ in range(HOLD):
+        seen, *_, info = env.step(action)
+        if met := self._met(seen, episode.first, info):
+            break
+    return self._episode(seen, episode.first), met
 
-    def _met(self, seen: np.ndarray, first: np.ndarray, info: dict) -> bool:
-        "What Meta-World says; where the environment is ours, what the task says of the state."
-        return bool(self.task.met(state_of(seen, first), first) if self.task.name in _OURS else info["success"])
 
-    def restore(self, episode: Episode) -> None:
-        "Go on with an episode."
-        env = self.env
-        env.model.body_pos[:], env.model.site_pos[:] = episode.bodies, episode.sites
-        mujoco.mj_setState(env.model, env.data, episode.physics, _WHOLE)
-        mujoco.mj_kinematics(env.model, env.data)   # where things are, which the state does not hold
-        env._target_pos, env._prev_obs, env.curr_path_length = episode.target.copy(), episode.seen[:18].copy(), 0
-        if isinstance(env, LockedDoorEnv):
-            env.lock_x = float(episode.first[4])
+@patch
+def _met(self: Bench, seen: np.ndarray, first: np.ndarray, info: dict) -> bool:
+    "What Meta-World says; where the environment is ours, what the task says of the state."
+    return bool(self.task.met(state_of(seen, first), first) if self.task.name in _OURS else info["success"])
+
+
+@patch
+def restore(self: Bench, episode: Episode) -> None:
+    "Go on with an episode."
+    env = self.env
+    env.model.body_pos[:], env.model.site_pos[:] = episode.bodies, episode.sites
+    mujoco.mj_setState(env.model, env.data, episode.physics, _WHOLE)
+    mujoco.mj_kinematics(env.model, env.data)   # where things are, which the state does not hold
+    env._target_pos, env._prev_obs, env.curr_path_length = episode.target.copy(), episode.seen[:18].copy(), 0
+    if isinstance(env, LockedDoorEnv):
+        env.lock_x = float(episode.first[4])
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #f5fcfc7a
 _free: dict[str, list[Bench]] = {}   # benches that nobody uses, by task
