@@ -89,11 +89,14 @@ class Grounder(nn.Module):
     ----------
     processes
         that share a batch: their gradients are averaged, so each takes its share
+    huber
+        typical changes beyond which errors count linearly; 0: squared all along
     """
     def __init__(self, lm: KalmLM, text_weight: float = 1.,
-                 processes: int = 1): # that share a batch: their gradients are averaged, so each takes its share
+                 processes: int = 1,  # that share a batch: their gradients are averaged, so each takes its share
+                 huber: float = 0.):  # typical changes beyond which errors count linearly; 0: squared all along
         super().__init__()
-        self.lm, self.text_weight, self.processes = lm, text_weight, processes
+        self.lm, self.text_weight, self.processes, self.huber = lm, text_weight, processes, huber
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self.lm(batch["kind"], batch["ids"], batch["states"], batch.get("actions"),
@@ -127,7 +130,7 @@ def action_loss(self: Grounder, hidden: Tensor, batch: dict[str, Tensor]) -> Act
 @patch
 def change_loss(self: Grounder, hidden: Tensor, batch: dict[str, Tensor], ask: int,
                 unit: Tensor) -> Tensor: # () or (S,), a typical change
-    """Squared error of changes, in these units.
+    """Squared error of changes, in these units; beyond `huber` of them absolute error.
 
     Returns
     -------
@@ -136,7 +139,11 @@ def change_loss(self: Grounder, hidden: Tensor, batch: dict[str, Tensor], ask: i
     """
     at = batch["ask"] == ask
     change = self.lm.predict_delta(hidden[at], batch["states"][at])
-    error = (change - batch["target"][at] / unit).pow(2).mean(-1)
+    wanted = batch["target"][at] / unit
+    if self.huber:
+        error = nn.functional.smooth_l1_loss(change, wanted, beta=self.huber, reduction="none").mean(-1)
+    else:
+        error = (change - wanted).pow(2).mean(-1)
     return error.sum() / max(1, len(error))
 
 # %% ../../nbs/lm/50_ground.ipynb #147b0150
@@ -400,7 +407,7 @@ class Training:
         self.folder = RunFolder(out, request, self.accelerator.is_main_process)
         self.progress = self.folder.load(self.lm, self.optimiser)
         n = self.accelerator.num_processes
-        self.grounder = Grounder(self.lm, config.text_weight, n)
+        self.grounder = Grounder(self.lm, config.text_weight, n, config.huber)
         if shard and n > 1:
             share_out(self.lm, n)
             self.grounder._ddp_params_and_buffers_to_ignore = frozen_names(self.grounder)

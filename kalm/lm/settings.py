@@ -75,6 +75,8 @@ class GroundConfig:
         of words, against actions and states
     keyword_weight
         of a key word, against other words: few words decide the meaning
+    huber
+        typical changes of a state beyond which its errors count linearly; 0: squared
     negatives
         random words beside the right ones, 0 the whole vocabulary
     steps
@@ -119,6 +121,7 @@ class GroundConfig:
     unrewarded_weight: float = 1.  # of imitating an action that the data gave no reward
     text_weight: float = 1.        # of words, against actions and states
     keyword_weight: float = 1.     # of a key word, against other words: few words decide the meaning
+    huber: float = 0.              # typical changes of a state beyond which its errors count linearly; 0: squared
     negatives: int = 1024          # random words beside the right ones, 0 the whole vocabulary
     # the optimiser
     steps: int = 2000              # of the optimiser

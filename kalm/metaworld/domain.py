@@ -23,7 +23,7 @@ __all__ = ['LIMITS', 'METAWORLD', 'MetaWorld']
 
 # %% ../../nbs/metaworld/70_domain.ipynb #bbe87bc2
 _HAND, _THING, _TURN = ((-.52, .37, 0), (.52, 1., .55)), ((-.75, .3, -.06), (.75, 1.05, .55)), ((-1.1,) * 4, (1.1,) * 4)
-_SECOND = ((-.75, 0, -.06), (.75, 1.05, .55))   # zeros where there is none
+_SECOND = ((-.75, -.06, -.06), (.75, 1.05, .55))   # zeros where there is none
 _LOW, _HIGH = (sum((part[end] for part in (_HAND, ((-.05,), (1.05,)), _THING, _TURN, _SECOND, _TURN, _THING)), ())
                for end in (0, 1))
 LIMITS = Limits(_LOW, _HIGH, parts=((0, 1, 2), (3,), (4, 5, 6), (11, 12, 13), (18, 19, 20)),

@@ -205,9 +205,9 @@ CLEVR = {p.name: p for p in (
 )}
 
 # %% ../../nbs/run/10_presets.ipynb #0adbdfbf
-METAWORLD_GROUND = replace(CLEVR_GROUND, steps=1600, action_head="median", max_length=39, branches=4, compose=.2,
-                           scenes=.5, task_weights=TaskWeights(generate=1., dynamics=.3, explain=.2, consequence=.05,
-                                                               caption=.2, question=.2, text=.05))
+METAWORLD_GROUND = replace(
+    CLEVR_GROUND, steps=1600, action_head="median", huber=.1, max_length=39, branches=4, compose=.2, scenes=.5,
+    task_weights=TaskWeights(generate=1., dynamics=.3, explain=.2, consequence=.05, caption=.2, question=.2, text=.05))
 
 
 def arm_levels(rephrase: int, easy: int, hard: int, tries: int = 4) -> dict[str, Imagined]:

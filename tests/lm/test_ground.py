@@ -109,6 +109,7 @@ def lively(domain, rollouts) -> KalmLM:
         (dict(negatives=-1), "negatives"),
         (dict(compose=-0.1), "compose"),
         (dict(scenes=-0.1), "scenes"),
+        (dict(huber=-0.1), "huber"),
         (dict(max_length=-1), "max_length"),
         (dict(weight_decay=math.nan), "weight_decay"),
         (dict(seed=-1), "seed -1"),
@@ -209,7 +210,9 @@ class Naive:
 
     def gap(self, name: str, h, state, change, unit) -> None:
         predicted = self.lm.state_head(h, self.lm.features(torch.as_tensor(state)))
-        self.out[name].append(float((predicted - torch.as_tensor(change) / unit).square().mean()))
+        error, huber = (predicted - torch.as_tensor(change) / unit).abs(), self.ex.config.huber
+        cost = torch.where(error < huber, error**2 / (2 * huber), error - huber / 2) if huber else error**2
+        self.out[name].append(float(cost.mean()))
 
     def steps(self, h, states, actions) -> None:
         "Changes asked for after the actions of a story, whose hidden vectors are `h`."
@@ -286,6 +289,7 @@ class Naive:
         dict(width=0),
         dict(width=400, unrewarded_weight=0.25, branches=3),
         dict(meanings=False, keyword_weight=0.5, text_weight=2.0),
+        dict(width=400, huber=0.2),
     ],
     ids=str,
 )
@@ -300,7 +304,7 @@ def test_the_loss_is_that_of_a_loop_over_examples(change, domain, data):
         with torch.no_grad():
             for p in planned:
                 naive.sequence(p)
-            got = Grounder(lm, config.text_weight)(batch)
+            got = Grounder(lm, config.text_weight, huber=config.huber)(batch)
         want = naive.means()
         np.testing.assert_allclose(got[0, 1:], [want[name] for name in LOSSES[1:]], rtol=2e-4, atol=2e-5)
         parts = want["action"] + want["state"] + config.text_weight * want["text"] + 0.3 * want["consequence"]
