@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.patches import Circle, FancyArrow, Rectangle
 
 from ..core.goals import Goal
-from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO
+from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO, has_second
 from .words import ways
 
 # %% auto #0
@@ -52,10 +52,9 @@ def draw(ax, state: np.ndarray, before: np.ndarray | None = None, action: np.nda
     ax.plot([-.55, .55], [_FRONT, _FRONT], color="k", lw=1, zorder=1)
     for x, y in _views(state[GOAL]):
         ax.add_patch(Circle((x, y), .035, fc=_GOAL, ec="k", lw=.6, zorder=1.5))
-    for thing, colour in zip((ONE, TWO), OBJECTS):
-        if state[thing].any():
-            for x, y in _views(state[thing]):
-                ax.add_patch(Rectangle((x - .022, y - .022), .044, .044, fc=colour, ec="k", lw=.6, zorder=3))
+    for thing, colour in zip((ONE, TWO)[:1 + has_second(state)], OBJECTS):
+        for x, y in _views(state[thing]):
+            ax.add_patch(Rectangle((x - .022, y - .022), .044, .044, fc=colour, ec="k", lw=.6, zorder=3))
     _draw_hand(ax, state[HAND], state[GRIPPER])
     if before is not None:
         before = np.asarray(before, np.float64)

@@ -14,7 +14,7 @@ from ..core.goals import Goal, check_index
 
 # %% auto #0
 __all__ = ['HAND', 'GRIPPER', 'ONE', 'TWO', 'GOAL', 'NUMBERS', 'FINGERS', 'Distance', 'LEVELS', 'MAX_DECISIONS', 'TASKS',
-           'SUCCESS_REWARD', 'Task', 'task_of', 'success_rows', 'reward_rows', 'progress_rows']
+           'SUCCESS_REWARD', 'has_second', 'Task', 'task_of', 'success_rows', 'reward_rows', 'progress_rows']
 
 # %% ../../nbs/metaworld/10_tasks.ipynb #83298e3c
 HAND, GRIPPER, ONE, TWO, GOAL = slice(0, 3), 3, slice(4, 7), slice(11, 14), slice(18, 21)  # in a state (21,)
@@ -22,6 +22,11 @@ NUMBERS = ("hand x", "hand y", "hand z", "gripper",
            *(f"object {k} {what}" for k in (1, 2) for what in ("x", "y", "z", "qx", "qy", "qz", "qw")),
            "goal x", "goal y", "goal z")
 FINGERS = np.array([-.0006, .004, -.0448])   # from the hand to the point between its fingers, give or take 3 mm
+
+
+def has_second(state: np.ndarray) -> bool:
+    "Whether a state (21,) has a second object: without one there are zeros, which is off the bench."
+    return bool(np.abs(state[TWO]).max() > .05)
 
 # %% ../../nbs/metaworld/10_tasks.ipynb #54217d5a
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]   # states (..., 21), start (..., 21) -> (...) metres

@@ -10,7 +10,7 @@ import numpy as np
 from ..core.domain import Words
 from ..core.goals import Goal
 from .scenes import scene
-from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO, task_of
+from .tasks import FINGERS, GOAL, GRIPPER, HAND, ONE, TWO, has_second, task_of
 
 # %% auto #0
 __all__ = ['WAYS', 'MOVED', 'NEAR', 'KEY_WORDS', 'ways', 'caption', 'questions', 'MetaWorldWords']
@@ -65,7 +65,7 @@ def questions(state: np.ndarray) -> list[tuple[str, str]]:
     state = np.asarray(state, np.float64)
     fingers, pairs = state[HAND] + FINGERS, [("object from hand", ONE), ("goal from hand", GOAL)]
     asked = [(name, state[thing] - fingers) for name, thing in pairs] + [("goal from object", state[GOAL] - state[ONE])]
-    if state[TWO].any():
+    if has_second(state):
         asked.append(("second from hand", state[TWO] - fingers))
     return [(name, ways(offset, NEAR) or "there") for name, offset in asked]
 
