@@ -208,11 +208,10 @@ def _by_axis(states: np.ndarray, features: Features) -> tuple[np.ndarray, np.nda
 
 def _spread(change: np.ndarray, features: Features) -> Scale: # (N, S)
     "Standard deviation of each coordinate's change; one for all coordinates of points that ever change."
-    points = [i for pair in features.points for i in pair]
-    if len(points) == change.shape[1]:
+    moving = [i for point in features.points for i in point if change[:, i].any()]
+    if len(moving) == change.shape[1]:
         return float(_above_zero(change.std()))
     each = _above_zero(change.std(0))
-    moving = [i for i in points if change[:, i].any()]
     each[moving] = _above_zero(change[:, moving].std()) if moving else 0.
     return tuple(each)
 

@@ -179,3 +179,17 @@ def test_points_that_meet_are_told_apart_by_nothing():
     assert n.std[3] > 2 * n.std[0] and n.std[5] == UNSEEN
     absent = Normaliser.fit(Rollouts(states * [1, 1, 0, 1, 0, 1], np.zeros((30, 4), int)), features)
     assert absent.std[2] == absent.std[4] == UNSEEN and abs(absent.std[0] - 1) < 0.1
+
+
+def test_a_place_that_no_step_changes_has_a_scale_of_its_own():
+    "Else a goal would creep: what is small for things that move is large for one that never does."
+    rng = numpy_rng(0, "goal")
+    hand = rng.normal(size=(30, 5, 2)).cumsum(1)
+    goal = np.repeat(rng.normal(size=(30, 1, 2)), 5, 1)
+    n = Normaliser.fit(Rollouts(np.concatenate([hand, goal], -1), np.zeros((30, 4), int)),
+                       Features(points=((0, 1), (2, 3))))
+    assert n.std[0] == n.std[2] and n.std[0] > 0.5   # where it lies is seen all the same
+    assert n.step[2:] == (1e-3, 1e-3)
+    alone = Normaliser.fit(Rollouts(np.concatenate([hand, goal, hand], -1), np.zeros((30, 4), int)),
+                           Features(points=((0, 1), (2, 3))))
+    assert alone.step[2:4] == alone.jump[2:4] == (1e-3, 1e-3) and 0.8 < alone.step[0] == alone.step[1] < 1.2
