@@ -23,19 +23,19 @@ from .model import KalmLM
 from .parts import imagine_by_parts
 
 # %% auto #0
-__all__ = ['TRIED', 'FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_steps']
+__all__ = ['RETRY_FILTERS', 'FILTERS', 'imagine_filtered', 'imagine', 'start_states', 'unreal_steps']
 
 # %% ../../nbs/lm/80_imagine.ipynb #b761cc83
 def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray,
                      seeds: np.ndarray | None = None, settings: Imagination = Imagination(),
-                     filter: str = "round_trip" # what a try has to pass, one of TRIED
+                     filter: str = "round_trip" # what a try has to pass, one of RETRY_FILTERS
                     ) -> tuple[Rollouts, np.ndarray]: # rollouts, (B,) which passed
     """One rollout a row, and whether a try passed the filter; the first try's where none did.
 
     Parameters
     ----------
     filter
-        what a try has to pass, one of TRIED
+        what a try has to pass, one of RETRY_FILTERS
 
     Returns
     -------
@@ -61,25 +61,25 @@ def imagine_filtered(lm: KalmLM, domain: Domain, goals: Sequence[Goal], index: n
     return Rollouts.concat(parts)[newest].with_goals(goals, index), passed
 
 
-TRIED = ("round_trip", "met")   # the model's words do not contradict the goal; the goal is met in imagination
+RETRY_FILTERS = ("round_trip", "success")   # the model's words do not contradict the goal; it is met in imagination
 
 
 def _check_filter(domain: Domain, goals: Sequence[Goal], index: np.ndarray, states: np.ndarray, filter: str) -> None:
-    if filter not in TRIED:
-        raise ValueError(f"filter {filter!r}: expected one of {', '.join(TRIED)}")
+    if filter not in RETRY_FILTERS:
+        raise ValueError(f"filter {filter!r}: expected one of {', '.join(RETRY_FILTERS)}")
     if filter == "round_trip":
         check_words(domain, "filter='round_trip'")
     elif not can_judge(domain, goals, index, states):
-        raise ValueError(f"filter='met': domain {domain.name!r} does not tell success from states")
+        raise ValueError(f"filter='success': domain {domain.name!r} does not tell success from states")
 
 
 def _passed(lm: KalmLM, domain: Domain, new: Rollouts, filter: str, settings: Imagination) -> np.ndarray: # (B,) bool
-    if filter == "met":
+    if filter == "success":
         return judge_success(domain, new.goals, new.goal, new.last_states, new.states[:, 0])
     return round_trip(lm, new, domain.words, settings.batch_size)[0] != CONTRADICTS
 
 # %% ../../nbs/lm/80_imagine.ipynb #51a256ed
-FILTERS = (*TRIED, "limits")
+FILTERS = (*RETRY_FILTERS, "limits")
 
 
 @delegates(Imagination)
@@ -88,7 +88,8 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
             seed: int = 0,                    # decides goals, starts and draws
             starts: np.ndarray | None = None, # (n, S) begin here; such rollouts carry no seed
             filter: str | None = None,        # drop rollouts: "round_trip" if the model's words contradict the goal,
-                                              # "met" if the last state does not meet it, "limits" if a step is unreal
+                                              # "success" if the last state does not meet it,
+                                              # "limits" if a step is unreal
             parts: bool | Mapping = False,    # imagine the parts of a goal one after the other; those that the model
                                               # reads in its sentence, or {sentence: taught goals}
             **kwargs                          # fields of `Imagination`: max_steps, temperature, stop, tries ...
@@ -104,7 +105,7 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
     starts
         (n, S) begin here; such rollouts carry no seed
     filter
-        drop rollouts: "round_trip" if the model's words contradict the goal, "met" if the last state does not meet it, "limits" if a step is unreal
+        drop rollouts: "round_trip" if the model's words contradict the goal, "success" if the last state does not meet it, "limits" if a step is unreal
     parts
         imagine the parts of a goal one after the other; those that the model reads in its sentence, or {sentence: taught goals}
     **kwargs
@@ -127,12 +128,12 @@ def imagine(lm: KalmLM, domain: Domain, goals: Sequence[Goal],
 def _imagined(request: tuple, filter: str | None, parts: bool | Mapping) -> Rollouts:
     "What was asked for, imagined in the way that the options say."
     lm, domain, *_, settings = request
-    if filter in TRIED and not parts:
+    if filter in RETRY_FILTERS and not parts:
         out, keep = imagine_filtered(*request, filter)
         return out[keep]
     plans = None if isinstance(parts, bool) else parts
     out = imagine_by_parts(*request, plans) if parts else generate(*request)
-    if filter in TRIED:
+    if filter in RETRY_FILTERS:
         return out[_passed(lm, domain, out, filter, settings)]
     if filter == "limits":
         off, fast = unreal_steps(out, domain.limits)

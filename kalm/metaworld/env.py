@@ -14,7 +14,7 @@ from gymnasium.error import DependencyNotInstalled
 from ..core.gl import NO_GL, gl_backend
 from ..core.goals import Goal
 from ..core.settings import whole_number
-from .simulator import Bench, Episode
+from .simulator import TaskSimulation, Episode
 from .tasks import MAX_DECISIONS, SUCCESS_REWARD, progress_rows, task_of
 
 # %% auto #0
@@ -54,7 +54,7 @@ class MetaWorldEnv(gym.Env):
             raise ValueError(f"unknown render_mode {render_mode!r}: None or 'rgb_array'")
         self.goal, self.render_mode, self.size = _goal(DEFAULT_GOAL if goal is None else goal), render_mode, size
         self.observation_space, self.action_space = STATES, ACTIONS
-        self._bench: Bench | None = None
+        self._simulation: TaskSimulation | None = None
         self.episode: Episode | None = None
 
     def reset(self, *, seed=None, options=None):
@@ -65,7 +65,7 @@ class MetaWorldEnv(gym.Env):
         if options:
             raise ValueError(f"unknown reset option {sorted(options)[0]!r}: goal")
         start = int(self.np_random.integers(2**31 - 1)) if seed is None else whole_number("seed", seed, 0)
-        self.episode, self._steps = self._at_bench().begin(start), 0
+        self.episode, self._steps = self._at_task().begin(start), 0
         return self.episode.state, {"success": False, "goal": self.goal}
 
     def step(self, action):
@@ -76,19 +76,19 @@ class MetaWorldEnv(gym.Env):
         if action.shape != (4,) or not np.isfinite(action).all():
             raise ValueError(f"action {action!r:.80}: expected four finite numbers, -1 to 1")
         before = self.episode.state
-        self.episode, success = self._at_bench().decide(self.episode, np.clip(action, -1, 1))
+        self.episode, success = self._at_task().decide(self.episode, np.clip(action, -1, 1))
         self._steps += 1
         pair = before[None], self.episode.state[None], self.episode.first[None]
         reward = SUCCESS_REWARD if success else 10 * float(progress_rows([self.goal], [0], *pair)[0])
         truncated = self._steps >= self.goal.max_steps and not success
         return self.episode.state, reward, success, truncated, {"success": success, "goal": self.goal}
 
-    def _at_bench(self) -> Bench:
+    def _at_task(self) -> TaskSimulation:
         task = task_of(self.goal)
-        if self._bench is None or self._bench.task is not task:
+        if self._simulation is None or self._simulation.task is not task:
             self.close()
-            self._bench = Bench(task, self.render_mode, self.size)
-        return self._bench
+            self._simulation = TaskSimulation(task, self.render_mode, self.size)
+        return self._simulation
 
     def render(self):
         "A picture, (H, W, 3) uint8; None without render_mode."
@@ -97,11 +97,11 @@ class MetaWorldEnv(gym.Env):
         if (name := gl_backend()) is None:
             raise DependencyNotInstalled(NO_GL)
         os.environ["MUJOCO_GL"] = name
-        self._at_bench().restore(self.episode)
-        return self._bench.env.render()[::-1, ::-1].copy()   # the camera in the corner hangs upside down
+        self._at_task().restore(self.episode)
+        return self._simulation.env.render()[::-1, ::-1].copy()   # the camera in the corner hangs upside down
 
     def close(self):
         "Give its simulation up."
-        if self._bench is not None:
-            self._bench.env.close()
-            self._bench = None
+        if self._simulation is not None:
+            self._simulation.env.close()
+            self._simulation = None

@@ -27,7 +27,7 @@ except ImportError as e:
     raise ImportError(f"Meta-World is not installed ({e}): pip install 'kalm[metaworld]'") from None
 
 # %% auto #0
-__all__ = ['TURNED', 'HOLD', 'MakeCoffeeEnv', 'LockedDoorEnv', 'Episode', 'state_of', 'Bench', 'MetaWorldSimulator']
+__all__ = ['TURNED', 'HOLD', 'MakeCoffeeEnv', 'LockedDoorEnv', 'Episode', 'state_of', 'TaskSimulation', 'MetaWorldSimulator']
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #80e5505d
 class MakeCoffeeEnv(SawyerCoffeePushEnvV3):
@@ -139,7 +139,7 @@ def state_of(observation: np.ndarray, first: np.ndarray | None = None) -> np.nda
     return state
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #733b72d1
-class Bench:
+class TaskSimulation:
     "The simulation of one task, in which episodes take turns."
     def __init__(self, task: Task, render_mode: str | None = None, size: tuple[int, int] = (240, 320)):
         make = _OURS.get(task.name) or ALL_V3_ENVIRONMENTS[task.name + "-v3"]
@@ -177,7 +177,7 @@ class Bench:
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #ec542e76
 @patch
-def decide(self: Bench, episode: Episode, action: np.ndarray) -> tuple[Episode, bool]:
+def decide(self: TaskSimulation, episode: Episode, action: np.ndarray) -> tuple[Episode, bool]:
     "Where an action (4,) leads that is held until success, or its time is over; and whether it succeeded."
     env = self.env
     self.restore(episode)
@@ -189,13 +189,13 @@ def decide(self: Bench, episode: Episode, action: np.ndarray) -> tuple[Episode, 
 
 
 @patch
-def _met(self: Bench, seen: np.ndarray, first: np.ndarray, info: dict) -> bool:
+def _met(self: TaskSimulation, seen: np.ndarray, first: np.ndarray, info: dict) -> bool:
     "What Meta-World says; where the environment is ours, what the task says of the state."
     return bool(self.task.met(state_of(seen, first), first) if self.task.name in _OURS else info["success"])
 
 
 @patch
-def restore(self: Bench, episode: Episode) -> None:
+def restore(self: TaskSimulation, episode: Episode) -> None:
     "Go on with an episode."
     env = self.env
     env.model.body_pos[:], env.model.site_pos[:] = episode.bodies, episode.sites
@@ -206,14 +206,14 @@ def restore(self: Bench, episode: Episode) -> None:
         env.lock_x = float(episode.first[4])
 
 # %% ../../nbs/metaworld/30_simulator.ipynb #f5fcfc7a
-_free: dict[str, list[Bench]] = {}   # benches that nobody uses, by task
+_free: dict[str, list[TaskSimulation]] = {}   # simulations that nobody uses, by task
 
 
-def _borrow(task: Task) -> Bench:
+def _borrow(task: Task) -> TaskSimulation:
     try:
         return _free.setdefault(task.name, []).pop()
     except IndexError:
-        return Bench(task)
+        return TaskSimulation(task)
 
 
 class MetaWorldSimulator:
@@ -224,8 +224,8 @@ class MetaWorldSimulator:
         self.goals, self.seeds = list(goals), check_seeds(seeds)
         self.index = check_index(goals, index, len(self.seeds))
         self.tasks = [task_of(self.goals[i]) for i in self.index]
-        self._benches = {name: _borrow(TASKS[name]) for name in sorted({task.name for task in self.tasks})}
-        self.episodes = [self._benches[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
+        self._simulations = {name: _borrow(TASKS[name]) for name in sorted({task.name for task in self.tasks})}
+        self.episodes = [self._simulations[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
         self.states = np.array([e.state for e in self.episodes], np.float32).reshape(-1, 21)
         self.begin, self.taken = self.states.copy(), np.zeros(len(self.states), np.int64)   # decisions so far
 
@@ -235,8 +235,8 @@ class MetaWorldSimulator:
         actions = self.codec.check(actions, (len(rows),))
         self.states, success = self.states.copy(), np.zeros(len(rows), bool)
         for k, row in enumerate(rows):
-            bench = self._benches[self.tasks[row].name]
-            self.episodes[row], success[k] = bench.decide(self.episodes[row], actions[k])
+            simulation = self._simulations[self.tasks[row].name]
+            self.episodes[row], success[k] = simulation.decide(self.episodes[row], actions[k])
             self.states[row] = self.episodes[row].state
         self.taken[rows] += 1
         progress = progress_rows(self.goals, self.index[rows], before[rows], self.states[rows], self.begin[rows])
@@ -244,12 +244,12 @@ class MetaWorldSimulator:
         return reward, success, np.zeros(len(rows), bool)
 
     def close(self) -> None:
-        "Hand the benches back, for later episodes."
-        for name, bench in self._benches.items():
-            _free[name].append(bench)
-        self._benches = {}
+        "Hand the simulations back, for later episodes."
+        for name, simulation in self._simulations.items():
+            _free[name].append(simulation)
+        self._simulations = {}
 
     def __del__(self):
-        if getattr(self, "_benches", None):
+        if getattr(self, "_simulations", None):
             self.close()
 

@@ -14,16 +14,17 @@ from ..core.domain import Domain
 from ..core.settings import check_numbers
 from ..lm.backbone import TINY_BACKBONE, Adapter
 from ..lm.model import SHIPPED
-from ..lm.imagine import TRIED
+from ..lm.imagine import RETRY_FILTERS
 from ..lm.settings import GroundConfig, TaskWeights
 from ..rl.bc import BC
 from ..rl.cql import CQL
 from ..rl.td3bc import TD3BC
 
 # %% auto #0
-__all__ = ['GOALS', 'CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'METAWORLD_GROUND', 'ARM', 'METAWORLD',
-           'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset', 'ours', 'clevr_levels', 'arm_levels', 'arm',
-           'novel_levels', 'algorithms_for', 'generic', 'presets_for', 'check_preset', 'preset']
+__all__ = ['GOALS', 'CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'METAWORLD_GROUND', 'METAWORLD_MIXING',
+           'METAWORLD', 'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset', 'ours', 'clevr_levels',
+           'metaworld_levels', 'metaworld_trainings', 'novel_levels', 'algorithms_for', 'generic', 'presets_for',
+           'check_preset', 'preset']
 
 # %% ../../nbs/run/10_presets.ipynb #745a67dd
 @dataclass(frozen=True)
@@ -51,19 +52,19 @@ class Imagined:
     tries
         imaginations that a rollout gets until it passes the filter; 0: not filtered
     filter
-        what it has to pass, one of `kalm.lm.imagine.TRIED`
+        what it has to pass, one of `kalm.lm.imagine.RETRY_FILTERS`
     parts
         whether goals are taken apart and imagined one part after the other
     """
     rollouts: int
     tries: int = 0        # imaginations that a rollout gets until it passes the filter; 0: not filtered
-    filter: str = "round_trip"   # what it has to pass, one of `kalm.lm.imagine.TRIED`
+    filter: str = "round_trip"   # what it has to pass, one of `kalm.lm.imagine.RETRY_FILTERS`
     parts: bool = False   # whether goals are taken apart and imagined one part after the other
 
     def __post_init__(self):
         check_numbers(self, dict(rollouts=1))
-        if self.filter not in TRIED:
-            raise ValueError(f"filter {self.filter!r}: expected one of {', '.join(TRIED)}")
+        if self.filter not in RETRY_FILTERS:
+            raise ValueError(f"filter {self.filter!r}: expected one of {', '.join(RETRY_FILTERS)}")
 
 # %% ../../nbs/run/10_presets.ipynb #da2cc109
 GOALS = ("sentence", "meaning", "doubt", "both", "vector")
@@ -210,32 +211,33 @@ METAWORLD_GROUND = replace(
     task_weights=TaskWeights(generate=1., dynamics=.3, explain=.2, consequence=.05, caption=.2, question=.2, text=.05))
 
 
-def arm_levels(rephrase: int, easy: int, hard: int, tries: int = 4) -> dict[str, Imagined]:
+def metaworld_levels(rephrase: int, easy: int, hard: int, tries: int = 4) -> dict[str, Imagined]:
     "Tries until one meets its goal."
     counts = dict(rephrase=rephrase, easy=easy, hard=hard)
-    return {level: Imagined(n, tries=tries, filter="met") for level, n in counts.items()}
+    return {level: Imagined(n, tries=tries, filter="success") for level, n in counts.items()}
 
 
-ARM = Mixing(imagined_fraction=.25, goals="meaning")
+METAWORLD_MIXING = Mixing(imagined_fraction=.25, goals="meaning")
 
 
-def arm(steps: int) -> tuple[Training, ...]:
+def metaworld_trainings(steps: int) -> tuple[Training, ...]:
     "BC, CQL and TD3+BC with our settings."
     bc = BC(batch_size=256, head="deterministic")
     return tuple(Training(algorithm, steps) for algorithm in (bc, CQL.continuous(), TD3BC()))
 
 
-METAWORLD = {p.name: p for p in (
-    Preset("smoke", "tries every stage with a toy language model, some minutes", 80, 80, TINY_GROUND,
-           arm_levels(8, 8, 8, tries=2), arm(60), shipped=False, imagine_steps=4, seeds=1, episodes=10, mixing=ARM),
+METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
+    Preset("smoke", "tries every stage with a toy language model, two minutes", 80, 80, TINY_GROUND,
+           metaworld_levels(8, 8, 8, tries=2), metaworld_trainings(60), shipped=False, imagine_steps=4, seeds=1,
+           episodes=10),
     Preset("quick", "the whole method from the shipped checkpoint; half an hour on two cores", 3200, 3200,
-           METAWORLD_GROUND, arm_levels(1000, 800, 400), arm(10_000), imagine_steps=40, mixing=ARM, episodes=200),
+           METAWORLD_GROUND, metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), imagine_steps=40,
+           episodes=200),
     Preset("best", "the main table: more of everything, every baseline; some hours", 12_800, 12_800,
-           METAWORLD_GROUND, arm_levels(4000, 4000, 2000), arm(30_000), imagine_steps=40, mixing=ARM, episodes=1000,
-           baselines=ALL_BASELINES),
-    Preset("checkpoint", "how the shipped checkpoint is grounded; some hours on two cores", 12_800, 12_800,
-           METAWORLD_GROUND, arm_levels(1000, 800, 400), arm(10_000), shipped=False,
-           imagine_steps=40, mixing=ARM),
+           METAWORLD_GROUND, metaworld_levels(4000, 4000, 2000), metaworld_trainings(30_000), imagine_steps=40,
+           episodes=1000, baselines=ALL_BASELINES),
+    Preset("checkpoint", "how the checkpoint is grounded; two hours on two cores", 12_800, 12_800, METAWORLD_GROUND,
+           metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), shipped=False, imagine_steps=40),
 )}
 
 # %% ../../nbs/run/10_presets.ipynb #e4daeade

@@ -175,10 +175,10 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
 def _spared(run: Run, level: str, raw: Rollouts, passed: np.ndarray, filter: str) -> np.ndarray: # (B,) bool
     """Rollouts that are kept although they did not pass: all, if none of the level did.
     One that does not meet its goal may still be on its way: all of a task, if none of the task did."""
-    task = np.array([goal.key if filter == "met" else "" for goal in raw.goals])[raw.goal]
+    task = np.array([goal.key if filter == "success" else "" for goal in raw.goals])[raw.goal]
     missed = {*task} - {*task[passed]}
     if missed:
-        whose = f"of {len(missed)} tasks " if filter == "met" else ""
+        whose = f"of {len(missed)} tasks " if filter == "success" else ""
         run.say(f"  {level}: {whose}no rollout passed the filter, so all are kept")
     return np.isin(task, [*missed])
 

@@ -265,7 +265,7 @@ def test_imagine_from_given_starts(discrete):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(filter="magic"), "filter 'magic': one of round_trip, met, limits, or None"),
+        (dict(filter="magic"), "filter 'magic': one of round_trip, success, limits, or None"),
         (dict(n=0), "0 rollouts"),
         (dict(goals=[]), "0 goals"),
         (dict(filter="round_trip"), "'line' has no words"),
@@ -551,13 +551,13 @@ def test_tries_until_the_goal_is_met():
     lm, settings = lively_lm(domain), Imagination(max_steps=8, tries=5, seed=2)
     starts, index = numpy_rng(0, "met").uniform(0.5, 0.79, (12, 2)).astype(np.float32), np.arange(12) % 2
     starts[index == 1] *= -1   # near where they are to go
-    r, ok = imagine_filtered(lm, domain, [RIGHT, LEFT], index, starts, settings=settings, filter="met")
+    r, ok = imagine_filtered(lm, domain, [RIGHT, LEFT], index, starts, settings=settings, filter="success")
     first, once = imagine_filtered(lm, domain, [RIGHT, LEFT], index, starts, settings=replace(settings, tries=1),
-                                   filter="met")
+                                   filter="success")
     np.testing.assert_array_equal(ok, r.success)
     assert 0 < once.sum() < 12 and ok.sum() > once.sum() and (ok >= once).all()
     np.testing.assert_array_equal(r.states[once, 1], first.states[once, 1])
-    kept = imagine(lm, domain, [RIGHT, LEFT], n=12, filter="met", tries=5, max_steps=8)
+    kept = imagine(lm, domain, [RIGHT, LEFT], n=12, filter="success", tries=5, max_steps=8)
     assert 0 < len(kept) and kept.success.all()
-    with pytest.raises(ValueError, match="expected one of round_trip, met"):
+    with pytest.raises(ValueError, match="expected one of round_trip, success"):
         imagine_filtered(lm, domain, [RIGHT], [0], starts[:1], filter="limits")
