@@ -250,14 +250,14 @@ def algorithms_for(d: Domain, steps: int) -> tuple[Training, ...]:
     "BC and CQL, and TD3+BC where actions are continuous."
     if isinstance(d.action_space, gym.spaces.Discrete):
         return ours(steps)
-    return tuple(Training(algorithm, steps) for algorithm in (BC(), CQL.continuous(), TD3BC()))
+    return tuple(Training(algorithm, steps) for algorithm in (BC(head="deterministic"), CQL.continuous(), TD3BC()))
 
 
 def generic(d: Domain) -> dict[str, Preset]:
     "`smoke` and `quick` for a domain that has no presets of its own."
     filtered = getattr(d, "words", None) is not None
     copies = 100_000 if hasattr(d, "symmetries") else 0
-    mixing = Mixing(augment=copies, imagined_fraction=.25, whitening=.01)
+    mixing = Mixing(augment=copies, imagined_fraction=.25)
 
     def levels(n: int, tries: int) -> dict[str, Imagined]:
         return {level: Imagined(n, tries=tries if filtered else 0) for level in novel_levels(d)}
