@@ -196,10 +196,10 @@ class Normaliser:
 
 
 def _by_axis(states: np.ndarray, features: Features) -> tuple[np.ndarray, np.ndarray]: # (N, S) -> (S,) both
-    "Mean and standard deviation of each coordinate; one for all points along each axis."
+    "Mean and standard deviation of each coordinate; where points are looked at closely one for all along each axis."
     mean, std = states.mean(0), states.std(0)
     varies = std > 1e-9
-    for axis in zip(*features.points):
+    for axis in zip(*features.points) if features.close else ():
         axis = [i for i in axis if varies[i]]
         if axis:
             mean[axis], std[axis] = states[:, axis].mean(), states[:, axis].std()

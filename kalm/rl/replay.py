@@ -128,12 +128,12 @@ class Scales(NamedTuple):
     centre
         (S,) float32
     scale
-        (S,) float32, powers of ten; 0 for a coordinate that is the same in all data
+        (S,) float32, powers of ten
     reward
         a power of ten
     """
     centre: np.ndarray # (S,) float32
-    scale: np.ndarray  # (S,) float32, powers of ten; 0 for a coordinate that is the same in all data
+    scale: np.ndarray  # (S,) float32, powers of ten
     reward: float = 1. # a power of ten
 
     @property
@@ -160,8 +160,6 @@ def _power_of_ten(size: float, wanted: float) -> float:
 
 def scales_of(datasets: Sequence[Rollouts]) -> Scales:
     "Scales by the real rollouts, or by all where none is real. Of each coordinate the outermost hundredth is left out."
-    every = np.concatenate([r.transitions()["states"] for r in datasets])
-    still = every.min(0) == every.max(0)
     real = [r[r.source == REAL] for r in datasets]
     datasets = real if any(r.lengths.sum() for r in real) else datasets
     states = np.concatenate([r.transitions()["states"] for r in datasets]).astype(np.float64)
@@ -172,8 +170,7 @@ def scales_of(datasets: Sequence[Rollouts]) -> Scales:
     sizes = np.where(far, spread, np.quantile(np.abs(states), .99, axis=0))
     returns = np.concatenate([np.where(r.mask, r.rewards, 0).sum(1, dtype=np.float64) for r in datasets])
     scale = [1 if STAY[0] <= size <= STAY[1] else _power_of_ten(size, 1) for size in sizes]
-    scale = np.where(still, 0, scale)   # what a network would make of another value is chance
-    return Scales(centre.astype(np.float32), scale.astype(np.float32), _power_of_ten(np.abs(returns).max(), 100))
+    return Scales(centre.astype(np.float32), np.array(scale, np.float32), _power_of_ten(np.abs(returns).max(), 100))
 
 # %% ../../nbs/rl/20_replay.ipynb #955725af
 def _unlike_rewards(datasets: Sequence[Rollouts]) -> bool:
@@ -211,7 +208,8 @@ class Replay:
     """Transitions of one or several data sets on one device; a batch takes a fixed share of each group.
 
     Attributes: `codec` of the actions, `state_dim` S, `texts` the G sentences, `encodings` (G, E), `shares` and `sizes`
-    of the groups, `scales` for learning, `encoder`, `whitening`, `device`. `ValueError` says what does not fit.
+    of the groups, `scales` for learning, `varies` (S,) bool, which coordinates of states are not always the same,
+    `encoder`, `whitening`, `device`. `ValueError` says what does not fit.
 
     Parameters
     ----------
@@ -250,6 +248,8 @@ class Replay:
                              f"{self.encoder.spec()}: expected one encoder")
         self._place(datasets, weights, imagined_fraction, fractions, device)
         self.scales, self._unlike = scales_of(datasets), _unlike_rewards(datasets)
+        states = self.floats[:, :self.state_dim]
+        self.varies = (states.amin(0) < states.amax(0)).cpu().numpy()
         self._digest = digest_of(dict(
             data=[r.digest() for r in datasets], weights=[digest_of(dict(w=w)) for w in weights],
             imagined_fraction=imagined_fraction, fractions=None if fractions is None else self.shares,

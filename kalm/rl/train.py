@@ -211,7 +211,9 @@ class _Training:
         many, out = learner.networks[learner.policy_network], []
         check_finite_tensors(learner.tensors(), f"{algorithm.name} after step {learner.steps}")
         for k, s in enumerate(self.seeds):
-            net = many.one(k).fold_scales(*replay.scales[:2]).fold_whitening(replay.whitening).eval()
+            # a coordinate that is the same in all data is not looked at: what to make of another value nothing taught
+            net = many.one(k).fold_scales(replay.scales.centre, replay.scales.scale * replay.varies)
+            net = net.fold_whitening(replay.whitening).eval()
             out.append(Policy(net, learner.head, replay.codec, replay.encoder, algorithm.temperature, learner.steps,
                               algorithm.name, s))
         return out[0] if self.alone else out

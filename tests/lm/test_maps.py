@@ -173,7 +173,7 @@ def test_points_that_meet_are_told_apart_by_nothing():
     "Each axis of all points has one mean and one spread; what never varies is not seen."
     rng = numpy_rng(0, "meet")
     states = rng.normal(size=(30, 5, 6)) * [1, 2, 1, 5, 2, 0] + [0, 0, 3, 0, 1, 7]
-    features = Features(points=((0, 1), (2, 4)))
+    features = Features(points=((0, 1), (2, 4)), close=0.3)
     n = Normaliser.fit(Rollouts(states, np.zeros((30, 4), int)), features)
     assert (n.mean[0], n.std[0], n.mean[1], n.std[1]) == (n.mean[2], n.std[2], n.mean[4], n.std[4])
     assert n.std[3] > 2 * n.std[0] and n.std[5] == UNSEEN
@@ -187,9 +187,9 @@ def test_a_place_that_no_step_changes_has_a_scale_of_its_own():
     hand = rng.normal(size=(30, 5, 2)).cumsum(1)
     goal = np.repeat(rng.normal(size=(30, 1, 2)), 5, 1)
     n = Normaliser.fit(Rollouts(np.concatenate([hand, goal], -1), np.zeros((30, 4), int)),
-                       Features(points=((0, 1), (2, 3))))
+                       Features(points=((0, 1), (2, 3)), close=0.3))
     assert n.std[0] == n.std[2] and n.std[0] > 0.5   # where it lies is seen all the same
     assert n.step[2:] == (1e-3, 1e-3)
     alone = Normaliser.fit(Rollouts(np.concatenate([hand, goal, hand], -1), np.zeros((30, 4), int)),
-                           Features(points=((0, 1), (2, 3))))
+                           Features(points=((0, 1), (2, 3)), close=0.3))
     assert alone.step[2:4] == alone.jump[2:4] == (1e-3, 1e-3) and 0.8 < alone.step[0] == alone.step[1] < 1.2

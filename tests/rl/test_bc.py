@@ -123,3 +123,16 @@ def _one_step(actions: np.ndarray) -> Replay:
     r = Rollouts(np.zeros((len(actions), 2, 3)), actions[:, None], goals=GOALS[:1], goal=np.zeros(len(actions), int),
                  codec=BOX)
     return Replay([r], encoder=Fake())
+
+
+def test_what_never_varied_is_not_looked_at():
+    r = rollouts(60)
+    states = np.concatenate([r.states, np.full_like(r.states[..., :1], 3)], -1)
+    data = Replay([Rollouts(states, r.actions, r.rewards, r.lengths, goal=r.goal, goals=r.goals, codec=r.codec)],
+                  encoder=Fake())
+    policy = BC().fit(data, steps=20, seed=0)
+    shown, texts = states[:8, 0].astype(np.float32), [data.texts[0]] * 8
+    other = shown.copy()
+    other[:, -1] = 50
+    np.testing.assert_array_equal(policy.act(shown, texts), policy.act(other, texts))
+    assert data.varies.tolist() == [True] * r.states.shape[-1] + [False]
