@@ -229,14 +229,14 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
     Preset("smoke", "tries every stage with a toy language model, two minutes", 80, 80, TINY_GROUND,
            metaworld_levels(8, 8, 8, tries=2), metaworld_trainings(60), shipped=False, imagine_steps=4, seeds=1,
            episodes=10),
-    Preset("quick", "the whole method from the shipped checkpoint; half an hour on two cores", 3200, 3200,
+    Preset("quick", "the whole method from the shipped checkpoint", 3200, 3200,
            METAWORLD_GROUND, metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), imagine_steps=40,
            episodes=200),
-    Preset("best", "the main table: more of everything, every baseline; some hours", 12_800, 12_800,
+    Preset("best", "more of everything, CQL, every baseline", 12_800, 12_800,
            METAWORLD_GROUND, metaworld_levels(4000, 4000, 2000),
            (*metaworld_trainings(30_000), Training(CQL.continuous(), 30_000)), imagine_steps=40, episodes=1000,
            baselines=ALL_BASELINES),
-    Preset("checkpoint", "how the checkpoint is grounded; two hours on two cores", 12_800, 12_800, METAWORLD_GROUND,
+    Preset("checkpoint", "how a checkpoint is grounded", 12_800, 12_800, METAWORLD_GROUND,
            metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), shipped=False, imagine_steps=40),
 )}
 
