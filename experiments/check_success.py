@@ -2,7 +2,8 @@
 
     python experiments/check_success.py [--decisions 20000] [--only reach push ...]
 
-Episodes of the noisy scripts, from starts of their own. Every decision of every episode counts.
+Episodes of the noisy scripts, from starts of their own. Every decision of every episode counts. The two environments
+that are ours are left out: Meta-World has no judgement of them.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from kalm.metaworld.tasks import MAX_DECISIONS, TASKS
 from kalm.run.folder import commit
 
 BESIDE = 32   # episodes side by side
+OURS = ("make-coffee", "locked-door-open")
 
 
 def agreement(name: str, decisions: int) -> dict:
@@ -31,7 +33,7 @@ def agreement(name: str, decisions: int) -> dict:
             actions = METAWORLD.behaviours["medium"].act(simulator, live, rng)
             _, success, _ = simulator.step(live, actions)
             told = METAWORLD.success(goals, index[live], simulator.states[live], simulator.begin[live])
-            counts += len(live), success.sum(), (told == success).sum()
+            counts += len(live), success.sum(), (told == simulator.said[live]).sum()
             live = live[~success]
             if not len(live):
                 break
@@ -43,7 +45,7 @@ def agreement(name: str, decisions: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--decisions", type=int, default=20_000)
-    p.add_argument("--only", nargs="+", choices=TASKS, default=[*TASKS])
+    p.add_argument("--only", nargs="+", choices=TASKS, default=[name for name in TASKS if name not in OURS])
     p.add_argument("--results", type=Path, default=Path("results/metaworld_success.csv"))
     a = p.parse_args()
     for name in a.only:

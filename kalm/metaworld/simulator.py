@@ -150,6 +150,7 @@ class TaskSimulation:
         self.env.goal_space = gym.spaces.Box(-2., 2., (3,))             # what goals are clipped to
         vars(self.env).pop("sawyer_observation_space")                  # made when goals were hidden: they were zeros
         self.fixed = self.env.model.body_pos.copy(), self.env.model.site_pos.copy()
+        self.said = False   # whether Meta-World calls the last decision a success
 
     def begin(self, seed: int, tries: int = 100) -> Episode:
         "The start of this seed, drawn anew where the task is done already; `ValueError` if that never ends."
@@ -184,6 +185,7 @@ def decide(self: TaskSimulation, episode: Episode, action: np.ndarray) -> tuple[
     self.restore(episode)
     for _ in range(HOLD):
         seen, *_, info = env.step(action)
+        self.said = bool(info["success"])
         if met := self._met(seen, episode.first, info):
             break
     return self._episode(seen, episode.first), met
@@ -229,6 +231,7 @@ class MetaWorldSimulator:
         self.episodes = [self._simulations[task.name].begin(int(seed)) for task, seed in zip(self.tasks, self.seeds)]
         self.states = np.array([e.state for e in self.episodes], np.float32).reshape(-1, 21)
         self.begin, self.taken = self.states.copy(), np.zeros(len(self.states), np.int64)   # decisions so far
+        self.said = np.zeros(len(self.states), bool)   # whether Meta-World itself calls the last ones a success
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "See `kalm.core.domain.Simulator`."
@@ -238,7 +241,7 @@ class MetaWorldSimulator:
         for k, row in enumerate(rows):
             simulation = self._simulations[self.tasks[row].name]
             self.episodes[row], success[k] = simulation.decide(self.episodes[row], actions[k])
-            self.states[row] = self.episodes[row].state
+            self.states[row], self.said[row] = self.episodes[row].state, simulation.said
         self.taken[rows] += 1
         progress = progress_rows(self.goals, self.index[rows], before[rows], self.states[rows], self.begin[rows])
         reward = np.where(success, SUCCESS_REWARD, 10 * progress).astype(np.float32)
