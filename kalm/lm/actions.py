@@ -343,7 +343,7 @@ class MedianActionMaps(PlainActionMaps):
     def _cost(self, error: Tensor, log_std: Tensor) -> Tensor:
         return error.abs() / log_std.exp()
 
-
+# %% ../../nbs/lm/20_actions.ipynb #45ba0c9f
 class BinnedActionMaps(ContinuousActionMaps):
     "As `ContinuousActionMaps`, with `BINS` logits for each of the k numbers."
     def __init__(self, codec: ContinuousActions):

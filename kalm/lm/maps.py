@@ -194,7 +194,7 @@ class Normaliser:
         "Before there are data."
         return cls((0.,) * state_dim, (.3,) * state_dim)
 
-
+# %% ../../nbs/lm/25_maps.ipynb #3d089ff9
 def _by_axis(states: np.ndarray, features: Features) -> tuple[np.ndarray, np.ndarray]: # (N, S) -> (S,) both
     "Mean and standard deviation of each coordinate; where points are looked at closely one for all along each axis."
     mean, std = states.mean(0), states.std(0)
