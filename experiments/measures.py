@@ -113,7 +113,7 @@ def of_levels(lm: KalmLM, d: Domain, n: int, seed: int = 1) -> dict:
     "What imagined rollouts are worth, level by level, in a world that has no pushes and cannot be set to a state."
     row = {}
     for level in d.levels:
-        if level not in d.judged_only:
+        if level not in getattr(d, "judged_only", ()):
             q = asdict(quality(imagine(lm, d, d.goals(level), n, seed=seed), d))
             row |= {f"{level}_{k}": q[k] for k in ("match", "replay", "off_limits", "too_fast", "length")}
     return row
