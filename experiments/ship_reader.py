@@ -2,6 +2,7 @@
 
     python experiments/ship_reader.py --mean runs/reader/1 runs/reader/2 --out runs/reader/mean    a mean alone
     python experiments/ship_reader.py --mean runs/reader/mean runs/reader/3 --out SHIPPED           and ship it
+    python experiments/ship_reader.py --domain metaworld --mean runs/metaworld/grounded --out SHIPPED
 
 Shipping calibrates the model, and asks it for the meanings of all sentences of the domain, so that runs need not.
 """
@@ -12,9 +13,10 @@ from pathlib import Path
 import torch
 
 import kalm
+from kalm.core.domain import Domain
 from kalm.lm.explain import calibrate
-from kalm.lm.model import SHIPPED, KalmLM
-from kalm.lm.reading import Reader, keep_meanings
+from kalm.lm.model import KalmLM
+from kalm.lm.reading import Reader, keep_meanings, reading_folder
 
 
 def mean_of(folders: list[Path]) -> KalmLM:
@@ -27,13 +29,12 @@ def mean_of(folders: list[Path]) -> KalmLM:
     return models[0]
 
 
-def ship(lm: KalmLM, out: Path) -> None:
+def ship(lm: KalmLM, d: Domain, out: Path) -> None:
     "With its threshold and what it says of every sentence."
-    d = kalm.domain("clevr")
     lm.sure = round(calibrate(lm, d), 4)
     lm.save_pretrained(out)
     (out / "meanings.json").unlink(missing_ok=True)
-    reader = Reader("clevr", out, names=d.words.names, cache=Path("runs/reader/meanings"))
+    reader = Reader(d.name, out, names=d.words.names, cache=Path("runs/reader/meanings"))
     texts = [goal.text for level in d.levels for goal in d.goals(level)]
     keep_meanings(out / "meanings.json", dict(zip(texts, reader.read(texts))), reader.spec())
     print(f"{out}: sure {lm.sure}, {len(texts):,} sentences read")
@@ -41,12 +42,13 @@ def ship(lm: KalmLM, out: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--domain", default="clevr")
     p.add_argument("--mean", nargs="+", type=Path, required=True, help="folders of checkpoints")
     p.add_argument("--out", required=True, help="a folder, or SHIPPED")
     a = p.parse_args()
     lm = mean_of(a.mean)
     if a.out == "SHIPPED":
-        ship(lm, SHIPPED / "clevr" / "reader")
+        ship(lm, kalm.domain(a.domain), reading_folder(a.domain))
     else:
         lm.save_pretrained(Path(a.out))
 
