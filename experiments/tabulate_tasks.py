@@ -10,10 +10,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import kalm
+from kalm.core.domain import Domain
 from kalm.core.files import load_json, read_csv, write_csv
 
 
-def rows_of(run: Path, d: kalm.core.domain.Domain, preset: str) -> list[dict]:
+def rows_of(run: Path, d: Domain, preset: str) -> list[dict]:
     "A row for each method, level and task."
     last = {folder.name: max(int(p.stem.split("-")[2]) for p in folder.glob("*.json"))
             for folder in (run / "episodes").iterdir()}

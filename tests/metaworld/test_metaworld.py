@@ -1,6 +1,8 @@
 "Meta-World: the simulator's episodes against Meta-World's own, goals, starts after a restart."
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -81,6 +83,24 @@ def test_many_in_processes():
     alone = METAWORLD.start([goal("push")], np.zeros(2, int), np.array([7, 8])).states
     np.testing.assert_array_equal(states, alone)
     envs.close()
+
+
+def rolled(seeds: np.ndarray) -> np.ndarray:  # (n, 6, 21)
+    "States on the way from the starts of these seeds, in tasks that take turns, under actions that the seed decides."
+    goals = METAWORLD.goals("easy")
+    simulator = METAWORLD.start(goals, seeds * 17 % len(goals), seeds)
+    states, draws = [simulator.states], [np.random.default_rng(seed) for seed in seeds]
+    for _ in range(5):
+        simulator.step(np.arange(len(seeds)), np.array([rng.uniform(-1, 1, 4) for rng in draws], np.float32))
+        states.append(simulator.states)
+    return np.stack(states, 1)
+
+
+def test_four_processes_make_the_rollouts_of_one():
+    seeds = np.arange(12)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = list(pool.map(rolled, np.array_split(seeds, 4)))
+    np.testing.assert_array_equal(np.concatenate(parts), rolled(seeds))
 
 
 def test_goals_and_sentences():
