@@ -31,7 +31,7 @@ def rows_of(r: Rollouts) -> list[dict]:
     "A row a task: rollouts, how many match and replay, steps, and how many of them are unreal in which way."
     names = np.array([task_of(goal).name for goal in r.goals])[r.goal]
     match, replay, found = matches(r, METAWORLD), replays(r, METAWORLD), unreal(r)
-    return [dict(task=name, rollouts=int(rows.sum()), match=int(match[rows].sum()), replay=int(replay[rows].sum()),
+    return [dict(task=str(name), rollouts=int(rows.sum()), match=int(match[rows].sum()), replay=int(replay[rows].sum()),
                  steps=int(r.lengths[rows].sum()),
                  **{kind.replace(" ", "_"): int(steps[rows].sum()) for kind, steps in found.items()})
             for name in sorted({*names}) for rows in [names == name]]

@@ -163,7 +163,7 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
     if plan.tries and plan.filter == "round_trip":
         judged = np.array([bool(run.domain.words.checked_by(goal)) for goal in raw.goals], bool)
         counts["not_judged"] = int((~judged[raw.goal]).sum())
-    kept = raw[np.flatnonzero(passed | _spared(run, level, raw, passed, plan.filter))]
+    kept = raw[_kept(run, level, passed)]
     if run.domain.limits is not None:
         kept, repaired = repair_unreal(kept, run.domain)
         counts |= repaired
@@ -172,15 +172,11 @@ def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Pat
     seal(folder/"quality.json")
 
 
-def _spared(run: Run, level: str, raw: Rollouts, passed: np.ndarray, filter: str) -> np.ndarray: # (B,) bool
-    """Rollouts that are kept although they did not pass: all, if none of the level did.
-    One that does not meet its goal may still be on its way: all of a task, if none of the task did."""
-    task = np.array([goal.key if filter == "success" else "" for goal in raw.goals])[raw.goal]
-    missed = {*task} - {*task[passed]}
-    if missed:
-        whose = f"of {len(missed)} tasks " if filter == "success" else ""
-        run.say(f"  {level}: {whose}no rollout passed the filter, so all are kept")
-    return np.isin(task, [*missed])
+def _kept(run: Run, level: str, passed: np.ndarray) -> np.ndarray: # numbers of rollouts
+    "Those that passed the filter; all, if none of the level did."
+    if not passed.any():
+        run.say(f"  {level}: no rollout passed the filter, so all are kept")
+    return np.flatnonzero(passed | (not passed.any()))
 
 
 def _summary(q: dict) -> str:

@@ -6,26 +6,15 @@ import numpy as np
 import pytest
 from worlds import line
 
-from kalm.core.goals import Goal
 from kalm.run.presets import Imagined, Preset, check_preset, preset
-from kalm.run.stages import _spared
-
-GOALS = [Goal("Open it.", task={"name": "open"}), Goal("Unclose it.", task={"name": "open"}),
-         Goal("Lock it.", task={"name": "lock"})]
+from kalm.run.stages import _kept
 
 
-@pytest.mark.parametrize("filter, passed, spared", [
-    ("success", [0, 0, 0, 1], [1, 1, 1, 0]),     # nothing opened: all of that is kept
-    ("success", [1, 0, 0, 1], [0, 0, 0, 0]),
-    ("success", [0, 0, 0, 0], [1, 1, 1, 1]),
-    ("round_trip", [0, 0, 0, 1], [0, 0, 0, 0]),  # what contradicts its goal in words is kept only if all does
-    ("round_trip", [0, 0, 0, 0], [1, 1, 1, 1])])
-def test_what_is_spared(filter, passed, spared):
+@pytest.mark.parametrize("passed, kept", [([False, True, True], [1, 2]), ([False, False], [0, 1])])
+def test_what_passed_is_kept_or_all(passed, kept):
     said = []
-    raw = SimpleNamespace(goals=GOALS, goal=np.array([0, 1, 0, 2]))
-    run = SimpleNamespace(say=said.append)
-    found = _spared(run, "easy", raw, np.array(passed, bool), filter)
-    assert found.tolist() == [bool(s) for s in spared] and bool(said) == any(spared)
+    assert _kept(SimpleNamespace(say=said.append), "easy", np.array(passed)).tolist() == kept
+    assert bool(said) != any(passed)
 
 
 def test_filters_of_presets_are_checked():
