@@ -79,7 +79,10 @@ PUBLISHED = {
                  "td3bc": dict(offline=51.0, rephrase=29.5, easy=3.2, hard=7.9),
                  "bc+kalm": dict(offline=41.2, rephrase=25.8, easy=12.0, hard=6.2),
                  "cql+kalm": dict(offline=37.8, rephrase=25.6, easy=12.5, hard=6.0),
-                 "td3bc+kalm": dict(offline=46.1, rephrase=30.8, easy=10.6, hard=7.1)},
+                 "td3bc+kalm": dict(offline=46.1, rephrase=30.8, easy=10.6, hard=7.1),
+                 "prdc": dict(offline=60.4, rephrase=32.1, easy=6.6, hard=7.0),          # not ours
+                 "prdc+kalm": dict(offline=49.6, rephrase=29.8, easy=9.0, hard=8.7),
+                 "combo": dict(offline=39.2, rephrase=23.3, easy=3.4, hard=6.9)},
         match={}),
 }
 _NOTHING = dict(source="", model="", success={}, match={})
