@@ -20,16 +20,17 @@ from .tasks import FINGERS, HAND, ONE, TWO
 __all__ = ['HINGE', 'NOISE', 'WHIMS', 'LEG', 'BEHAVIOURS', 'scripted', 'expert', 'medium']
 
 # %% ../../nbs/metaworld/40_expert.ipynb #2af2a5f8
+warnings.filterwarnings("ignore", r"Constant\(s\) may be too high", module="metaworld")   # actions are clipped, we know
+
+
 @cache
 def _script(name: str):
     return ENV_POLICY_MAP[name + "-v3"]()
 
 
 def _told(name: str, seen: np.ndarray) -> np.ndarray:
-    "What Meta-World's script does; some write into what they are shown, and warn of actions that get clipped."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return np.asarray(_script(name).get_action(seen.copy()))
+    "What Meta-World's script does; some write into what they are shown."
+    return np.asarray(_script(name).get_action(seen.copy()))
 
 
 def _towards(hand: np.ndarray, place: np.ndarray, grip: float, gain: float = 10.) -> np.ndarray:
