@@ -23,8 +23,8 @@ OURS = ("make-coffee", "locked-door-open")
 
 
 def agreement(name: str, decisions: int) -> dict:
-    "How many decisions of a task were judged, how many ended it, and how many states told so."
-    task, counts, batch = TASKS[name], np.zeros(3, int), 0
+    "How many decisions were judged, how many ended the task, how many the state tells alike, or calls done alone."
+    task, counts, batch = TASKS[name], np.zeros(4, int), 0
     goals, index = [Goal(task.about, task.level, MAX_DECISIONS, dict(name=name))], np.zeros(BESIDE, int)
     while counts[0] < decisions:
         seeds = np.arange(batch * BESIDE, (batch + 1) * BESIDE)
@@ -33,13 +33,14 @@ def agreement(name: str, decisions: int) -> dict:
             actions = METAWORLD.behaviours["medium"].act(simulator, live, rng)
             _, success, _ = simulator.step(live, actions)
             told = METAWORLD.success(goals, index[live], simulator.states[live], simulator.begin[live])
-            counts += len(live), success.sum(), (told == simulator.said[live]).sum()
+            said = simulator.said[live]
+            counts += len(live), success.sum(), (told == said).sum(), (told & ~said).sum()
             live = live[~success]
             if not len(live):
                 break
         batch += 1
-    judged, succeeded, agree = counts.tolist()
-    return dict(decisions=judged, successes=succeeded, agree=agree, share=agree / judged)
+    judged, succeeded, agree, alone = counts.tolist()
+    return dict(decisions=judged, successes=succeeded, agree=agree, state_alone=alone, share=agree / judged)
 
 
 def main() -> None:
