@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from tables import add, there
 
-import kalm
 from kalm.core.files import sha256
 from kalm.core.rollouts import Rollouts
 from kalm.lm.imagine import imagine
@@ -47,7 +46,7 @@ def main() -> None:
     path = a.results / "metaworld_imagination.csv"
     key = dict(checkpoint=sha256(a.checkpoint / "model.safetensors")[:12], seed=a.seed)
     lm = KalmLM.from_pretrained(a.checkpoint, device=device(), dtype=fast_dtype(device()))
-    for level in (level for level in kalm.domain("metaworld").levels if level not in METAWORLD.judged_only):
+    for level in (level for level in METAWORLD.levels if level not in METAWORLD.judged_only):
         if there(path, **key, level=level):
             continue
         began = time.monotonic()

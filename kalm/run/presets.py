@@ -222,7 +222,7 @@ METAWORLD_MIXING = Mixing(imagined_fraction=.25, goals="meaning")
 
 def metaworld_trainings(steps: int) -> tuple[Training, ...]:
     "BC and TD3+BC with our settings."
-    td3bc = TD3BC(lr=1e-3, alpha=.5)   # with its authors' own, values drown the data's actions
+    td3bc = TD3BC(lr=1e-3, alpha=.5)
     return Training(BC(batch_size=256, head="deterministic"), steps), Training(td3bc, steps)
 
 
