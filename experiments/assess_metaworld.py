@@ -2,7 +2,8 @@
 
     python experiments/assess_metaworld.py [--checkpoint FOLDER] [--rollouts 1000]
 
-One try a rollout, nothing filtered. The first ones of each level are kept in results/imagined/metaworld/.
+One try a rollout, nothing filtered. The first ones of each level are kept in results/imagined/metaworld/. Rows of the
+level *in parts* are of the two *hard* tasks that are two taught ones in turn, imagined so.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import numpy as np
 from tables import add, there
 
 from kalm.core.files import sha256
+from kalm.core.goals import Goal
 from kalm.core.rollouts import Rollouts
 from kalm.lm.imagine import imagine
 from kalm.lm.model import SHIPPED, KalmLM
@@ -24,6 +26,7 @@ from kalm.run.folder import commit, device
 from kalm.tensors.store import fast_dtype
 
 SHOWN = 60   # rollouts of a level that are kept to look at
+PARTS = {"make-coffee": ("coffee-push", "coffee-button"), "locked-door-open": ("door-unlock", "door-open")}
 
 
 def rows_of(r: Rollouts) -> list[dict]:
@@ -34,6 +37,13 @@ def rows_of(r: Rollouts) -> list[dict]:
                  steps=int(r.lengths[rows].sum()),
                  **{kind.replace(" ", "_"): int(steps[rows].sum()) for kind, steps in found.items()})
             for name in sorted({*names}) for rows in [names == name]]
+
+
+def plans() -> dict[str, list[Goal]]:
+    "The taught goals that sentences of the two tasks are taken apart into."
+    taught = {task_of(goal).name: goal for goal in reversed(METAWORLD.goals("offline"))}
+    return {goal.text: [taught[part] for part in PARTS[task_of(goal).name]] for goal in METAWORLD.goals("hard")
+            if task_of(goal).name in PARTS}
 
 
 def main() -> None:
@@ -54,6 +64,12 @@ def main() -> None:
         r[:SHOWN].save(a.results / "imagined" / "metaworld" / f"{level}.npz")
         for row in rows_of(r):
             add(path, key | dict(level=level) | row | dict(commit=commit()), began)
+    if not there(path, **key, level="in parts"):
+        began, parts = time.monotonic(), plans()
+        goals = [goal for goal in METAWORLD.goals("hard") if goal.text in parts]
+        r = imagine(lm, METAWORLD, goals, a.rollouts // 2, seed=a.seed, parts=parts, part_steps=20, rounds=2)
+        for row in rows_of(r):
+            add(path, key | dict(level="in parts") | row | dict(commit=commit()), began)
 
 
 if __name__ == "__main__":
