@@ -122,6 +122,10 @@ class SlotCache(DynamicLayer):
         room = [x[:, :, :now.width] for x in (self.keys, self.values)]
         return tuple(room if now.everyone else (x[now.slots] for x in room))
 
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        "Let slots `target` (n,) hold what `source` (n,) hold."
+        self.keys[target], self.values[target] = self.keys[source], self.values[source]
+
 
 class Pass(NamedTuple):
     """What one run of the model writes into the caches.
@@ -179,13 +183,19 @@ class CachedDecoder:
         self.past = Cache(layers=[SlotCache(self) for _ in range(layers)])
 
     def read(self, slots: np.ndarray, prompts: Sequence[list[Element]]) -> Tensor:
-        "Start sequences anew in `slots`; hidden vectors (n, D) after their last elements."
+        "Start sequences anew in `slots`; hidden vectors (n, D) after their last elements. The same list is read once."
         slots = torch.as_tensor(slots, device=self.lm.device)
+        new = {id(p): k for k, p in reversed([*enumerate(prompts)])}   # where each list comes first
+        once = sorted(new.values())
+        of = torch.tensor([once.index(new[id(p)]) for p in prompts], device=self.lm.device)
         self.length[slots] = 0
-        h = self._pass(slots, as_tensors(self.lm, prompts))
+        h = self._pass(slots[once], as_tensors(self.lm, [prompts[k] for k in once]))
+        if len(once) < len(prompts):
+            for layer in self.past.layers:
+                layer.copy(slots[once][of], slots)
         # padding on the right was written too; what comes next is written over it
         self.length[slots] = torch.tensor([len(p) for p in prompts], device=self.lm.device)
-        return h[torch.arange(len(slots), device=h.device), self.length[slots] - 1]
+        return h[of, self.length[slots] - 1]
 
     def push(self, slots: np.ndarray, kind: int, ids=None, states=None, actions=None) -> Tensor:
         "Append one element to each of `slots`; hidden vectors (n, D) after it."

@@ -47,7 +47,7 @@ def drawn_meanings(lm: KalmLM, texts: Sequence[str],
     """
     whole_number("n", n, 1)
     writer = Writer(lm)
-    prompts = [meaning_prompt(writer, text) for text in check_texts(texts) for _ in range(n)]
+    prompts = [prompt for text in check_texts(texts) for prompt in [meaning_prompt(writer, text)] * n]   # read once
     draws = [numpy_rng(seed, "meaning", text, k) for text in texts for k in range(n)]
     said = [" ".join(a.text.split()) for a in Speaking(lm, prompts, max_tokens=max_tokens, draws=draws).run(batch_size)]
     return [{words: count / n for words, count in Counter(said[k:k + n]).most_common()}
