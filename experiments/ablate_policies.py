@@ -22,7 +22,7 @@ from kalm.core.rollouts import Rollouts
 from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
 from kalm.run.folder import Run, commit, need
-from kalm.run.policies import Job, datasets, evaluate_policy, jobs, rows_of, train_job
+from kalm.run.policies import Job, datasets, encoder_of, evaluate_policy, jobs, rows_of, train_job
 from kalm.run.presets import GOALS, Mixing, Training, preset
 from kalm.run.presets import OURS as PRESETS
 from kalm.run.workers import in_processes
@@ -120,6 +120,7 @@ def measure(base: Run, name: str, a: argparse.Namespace) -> None:
     "Train and judge one variant, and add its rows."
     run = open_variant(base, name, a)
     todo = [job for job in jobs(run.preset) if VARIANTS[name].alone or job.source]
+    encoder_of(run)   # reads sentences once, for all jobs
     list(in_processes(run, train_job, [(job, (job,)) for job in todo]))
     sizes = {job.method: counted(run, job) for job in todo}
     rows = [row for row in rows_of(run) if row.folder and row.method in sizes]
