@@ -19,7 +19,7 @@ from .files import atomic_write, lock_file, numpy_rng, read_csv
 
 # %% auto #0
 __all__ = ['METHODS', 'RESULT_KEY', 'RESULT_COLUMNS', 'LAST', 'wilson', 'interquartile_mean', 'stratified_bootstrap',
-           'write_result', 'results_folder', 'read_results', 'markdown_table', 'Cell', 'pooled']
+           'write_result', 'results_folder', 'read_results', 'markdown_table', 'Cell', 'pooled', 'by_run']
 
 # %% ../../nbs/core/70_results.ipynb #e4cfc0d0
 def wilson(successes: float,    # 0 to n; a fraction where rates were averaged
@@ -262,3 +262,18 @@ def pooled(rows: Sequence[dict], # of `read_results`
     rates = tuple(float(k / n) for k, n in means)
     rate, episodes = float(np.mean(rates)), float(np.sum(means, 0)[1])
     return Cell(rate, *wilson(rate * episodes, episodes), rates, round(episodes))
+
+# %% ../../nbs/core/70_results.ipynb #bb20e132
+def by_run(rows: Sequence[dict], method: str, level: str) -> np.ndarray: # (runs,) shares
+    """Success of a method on a level in each run of a table, `pooled` within it, in the order of their seeds.
+
+    Returns
+    -------
+    np.ndarray
+        (runs,) shares
+    """
+    runs: dict[tuple, list] = {}
+    for r in sorted(rows, key=lambda r: int(r.get("seed") or 0)):
+        runs.setdefault((r.get("domain"), r.get("preset"), r.get("config")), []).append(r)
+    found = [pooled(its, method, level) for its in runs.values()]
+    return np.array([cell.rate for cell in found if cell])

@@ -17,12 +17,12 @@ import numpy as np
 
 from ..core.domain import domain
 from ..core.files import atomic_write
-from ..core.results import METHODS, Cell, markdown_table, pooled, wilson
+from ..core.results import METHODS, Cell, by_run, markdown_table, pooled, wilson
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'GOOD', 'BAD', 'STYLE', 'PUBLISHED', 'AXIS', 'MEASURES', 'colours', 'style', 'save_figure',
-           'published_for', 'methods_in', 'levels_in', 'results_table', 'kinds_in', 'kinds_table', 'success_bars',
-           'curves', 'by_checkpoint', 'success_curves', 'quality_bars', 'length_histogram']
+           'published_for', 'methods_in', 'levels_in', 'results_table', 'kinds_in', 'kinds_table', 'repeats_table',
+           'success_bars', 'curves', 'by_checkpoint', 'success_curves', 'quality_bars', 'length_histogram']
 
 # %% ../../nbs/run/50_plots.ipynb #f6fac87c
 METHOD_COLOURS = {
@@ -238,6 +238,32 @@ def kinds_table(rows: Sequence[dict], level: str,  # of results.csv, from one ru
 
 def _short_cell(cell: Cell | None) -> str:
     return "-" if cell is None else f"{100 * cell.rate:.0f} ({100 * cell.low:.0f} to {100 * cell.high:.0f})"
+
+# %% ../../nbs/run/50_plots.ipynb #fc2f226c
+def repeats_table(rows: Sequence[dict],  # of several runs
+                  plain: bool = False    # for a terminal instead of Markdown
+                 ) -> str:
+    """Success in %: the mean of several runs (lowest to highest); then how much imagination adds to each algorithm.
+
+    Parameters
+    ----------
+    rows
+        of several runs
+    plain
+        for a terminal instead of Markdown
+    """
+    methods, levels = methods_in(rows), levels_in(rows)
+    found = {m: [by_run(rows, m, level) for level in levels] for m in methods}
+    body = [[m, *map(_spread, rates)] for m, rates in found.items()]
+    body += [[f"{m}+kalm minus {m}", *(_spread(ours - others, "+") for ours, others in zip(found[f"{m}+kalm"], rates))]
+             for m, rates in found.items() if f"{m}+kalm" in found]
+    runs = len({r["config"] for r in rows})
+    note = f"Success in the real environment, %: mean (lowest to highest) of {runs} runs."
+    return _written(body, ["method", *levels], note, plain)
+
+
+def _spread(rates: np.ndarray, sign: str = "") -> str:
+    return f"{100 * rates.mean():{sign}z.1f} ({100 * rates.min():{sign}z.1f} to {100 * rates.max():{sign}z.1f})"
 
 # %% ../../nbs/run/50_plots.ipynb #2a1e8ce8
 def _bar(ax, x: float, width: float, cell: Cell, colour: str) -> None:
