@@ -213,14 +213,15 @@ def kinds_in(rows: Sequence[dict], level: str) -> list[str]:
     return _ordered(rows, told, lambda d: [goal.kind for goal in d.goals(level)])
 
 
-def kinds_table(rows: Sequence[dict], level: str,  # of results.csv, from one run
-                plain: bool = False                # for a terminal instead of Markdown
+def kinds_table(rows: Sequence[dict],  # of results.csv, from one run
+                level: str,
+                plain: bool = False    # for a terminal instead of Markdown
                ) -> str:
     """Success in % with 95 % intervals on each kind of sentence of a level; methods down, kinds across.
 
     Parameters
     ----------
-    level
+    rows
         of results.csv, from one run
     plain
         for a terminal instead of Markdown
