@@ -4,7 +4,7 @@
 
 Variants differ in one respect from the settings of the preset `checkpoint` and see as many tokens of the same rollouts.
 Collect the rollouts with `kalm collect --domain metaworld --preset checkpoint`. A model that is there already is
-measured with `--of NAME FOLDER`.
+measured with `--of NAME FOLDER`, one that went on from another with `--before` the tokens of that one.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def measured(folder: Path, d: Domain, real: Rollouts, n: int) -> dict:
 def measure_there(a: argparse.Namespace) -> dict:
     "Measure a model that somebody else grounded."
     d = kalm.domain(a.domain)
-    return measured(Path(a.of[1]), d, collect(d, d.goals(d.levels[0]), a.rollouts, seed=10_000), a.rollouts)
+    row = measured(Path(a.of[1]), d, collect(d, d.goals(d.levels[0]), a.rollouts, seed=10_000), a.rollouts)
+    return row | dict(tokens=a.before + int(row["tokens"]))
 
 
 def main() -> None:
@@ -69,6 +70,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     p.add_argument("--of", nargs=2, metavar=("NAME", "FOLDER"), help="measure the model in a folder, on new rollouts")
+    p.add_argument("--before", type=int, default=0, help="tokens that it had seen before those of its log")
     p.add_argument("--keep", action="store_true", help="keep the weights")
     p.add_argument("--out", type=Path, default=Path("runs/variants"))
     p.add_argument("--results", type=Path)
