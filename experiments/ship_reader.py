@@ -3,6 +3,7 @@
     python experiments/ship_reader.py --mean runs/reader/1 runs/reader/2 --out runs/reader/mean    a mean alone
     python experiments/ship_reader.py --mean runs/reader/mean runs/reader/3 --out SHIPPED           and ship it
     python experiments/ship_reader.py --domain metaworld --mean runs/metaworld/grounded --out SHIPPED
+    python experiments/ship_reader.py --calibrate kalm/assets/grounded/clevr     a threshold alone, beside its weights
 
 Shipping calibrates the model, and asks it for the meanings of all sentences of the domain, so that runs need not.
 """
@@ -15,7 +16,7 @@ import torch
 import kalm
 from kalm.core.domain import Domain
 from kalm.lm.explain import calibrate
-from kalm.lm.model import KalmLM
+from kalm.lm.model import KalmLM, keep_threshold
 from kalm.lm.reading import Reader, keep_meanings, reading_folder
 
 
@@ -43,9 +44,16 @@ def ship(lm: KalmLM, d: Domain, out: Path) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--domain", default="clevr")
-    p.add_argument("--mean", nargs="+", type=Path, required=True, help="folders of checkpoints")
-    p.add_argument("--out", required=True, help="a folder, or SHIPPED")
+    p.add_argument("--mean", nargs="+", type=Path, help="folders of checkpoints")
+    p.add_argument("--out", help="a folder, or SHIPPED")
+    p.add_argument("--calibrate", type=Path, metavar="FOLDER", help="of a checkpoint, alone")
     a = p.parse_args()
+    if a.calibrate:
+        sure = round(calibrate(KalmLM.from_pretrained(a.calibrate), kalm.domain(a.domain)), 4)
+        keep_threshold(a.calibrate, sure)
+        return print(f"{a.calibrate}: sure {sure}")
+    if not (a.mean and a.out):
+        p.error("--mean and --out go together")
     lm = mean_of(a.mean)
     if a.out == "SHIPPED":
         ship(lm, kalm.domain(a.domain), reading_folder(a.domain))

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 import torch
 
 from ..core.domain import Domain, Words
+from ..core.goals import Goal
 from ..core.settings import real_number, whole_number
 from ..core.rollouts import Rollouts
 from kalm.lm.decode import (
@@ -31,8 +32,8 @@ from .model import STATE, TEXT, KalmLM
 
 # %% auto #0
 __all__ = ['NOT_UNDERSTOOD', 'EVERYDAY', 'NOT_JUDGED', 'CONTRADICTS', 'AGREES', 'Answer', 'Speaking', 'story', 'explain',
-           'caption', 'Meaning', 'check_texts', 'meaning_prompt', 'meaning', 'check_words', 'calibrate', 'round_trip',
-           'FilterScores']
+           'caption', 'Meaning', 'check_texts', 'meaning_prompt', 'meaning', 'check_words', 'named_goals', 'calibrate',
+           'round_trip', 'FilterScores']
 
 # %% ../../nbs/lm/70_explain.ipynb #83ac7887
 class Answer(NamedTuple):
@@ -228,16 +229,33 @@ EVERYDAY = (  # orders that no table, corridor or arm can carry out
     "Iron these shirts.", "Mow the lawn.", "Sharpen the pencils.", "Buy milk and eggs.", "Wake me at seven.")
 
 
+def named_goals(domain: Domain, words: str) -> list[Goal]: # in order; none where a part names no taught goal
+    """The taught goals that key words name, parts joined by `;`.
+
+    Returns
+    -------
+    list[Goal]
+        in order; none where a part names no taught goal
+    """
+    known = {domain.words.meaning(g): g for g in reversed(domain.goals(domain.levels[0]))}
+    known.pop("", None)
+    parts = dict.fromkeys(part.strip() for part in words.split(";"))
+    return [known[part] for part in parts] if all(part in known for part in parts) else []
+
+
 def calibrate(lm: KalmLM, domain: Domain,
-              n: int = 60,        # taught sentences to compare with
+              n: int = 200,       # sentences of the first novel level that are asked about; of taught ones a fifth
               passing: float = .05 # share of everyday orders that may pass
              ) -> float:          # a threshold for `meaning`
-    """How sure a model has to be of its key words: so sure that few everyday orders pass, but most taught sentences do.
+    """How sure a model has to be of its key words.
+
+    So sure that most sentences of the first novel level are treated rightly, passed if they are read correctly and
+    refused if not, and that few everyday orders pass as taught goals; but not surer than of most taught sentences.
 
     Parameters
     ----------
     n
-        taught sentences to compare with
+        sentences of the first novel level that are asked about; of taught ones a fifth
     passing
         share of everyday orders that may pass
 
@@ -247,10 +265,27 @@ def calibrate(lm: KalmLM, domain: Domain,
         a threshold for `meaning`
     """
     check_words(domain, "calibrate")
-    taught = [goal.text for goal in domain.goals(domain.levels[0])]
-    ours = [m.sure for m in meaning(lm, [taught[i] for i in np.linspace(0, len(taught) - 1, n).astype(int)])]
-    others = [m.sure for m in meaning(lm, EVERYDAY)]
-    return float(min(np.quantile(others, 1 - passing), np.median(ours)))
+    ours = meaning(lm, [goal.text for goal in _some_of(domain, domain.levels[0], n // 5)])
+    others = [m.sure if named_goals(domain, m.words) else 0. for m in meaning(lm, EVERYDAY)]
+    least = np.quantile(others, 1 - passing)
+    for level in domain.levels[1:2]:
+        if level not in getattr(domain, "judged_only", ()):
+            least = max(least, _best_threshold(lm, domain, _some_of(domain, level, n)))
+    return float(min(least, np.median([m.sure for m in ours])))
+
+
+def _some_of(domain: Domain, level: str, n: int) -> list[Goal]:
+    goals = domain.goals(level)
+    return [goals[i] for i in np.unique(np.linspace(0, len(goals) - 1, n).astype(int))]
+
+
+def _best_threshold(lm: KalmLM, domain: Domain, goals: list[Goal]) -> float:
+    "With which most sentences are treated rightly: passed if they are read correctly, refused if not."
+    said = meaning(lm, [goal.text for goal in goals])
+    sure = np.array([m.sure for m in said])
+    right = np.array([domain.words.agree(domain.words.meaning(g), m.words) for g, m in zip(goals, said)])
+    at = np.concatenate([[0.], np.sort(sure), [1.]])
+    return float(at[np.argmax([(right == (sure >= t)).sum() for t in at])])
 
 # %% ../../nbs/lm/70_explain.ipynb #066913da
 NOT_JUDGED, CONTRADICTS, AGREES = -1, 0, 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.actions import Actions, DiscreteActions, actions_from_spec
 from ..core.domain import Features
 from ..core.files import digest_of, load_json, save_json
-from ..core.settings import check_numbers
+from ..core.settings import check_numbers, real_number
 from .actions import action_maps
 from .backbone import (DEFAULT_BACKBONE, Adapter, add_lora, attention_windows, beginning_of_text, core_of,
                               embedding_size, finish_logits, load_backbone, most_positions, use_grouped_attention,
@@ -30,8 +30,8 @@ from .maps import Head, Normaliser, StateEmbedding, StateFeatures, nearest_class
 from ..tensors.store import load_tensors, read_about, save_tensors, torch_rng
 
 # %% auto #0
-__all__ = ['PAD', 'TEXT', 'STATE', 'ACTION', 'FORMAT', 'SHIPPED', 'tree_attention_mask', 'ModelSpec', 'KalmLM',
-           'try_out_backbone', 'read_checkpoint_header', 'upgrade_header']
+__all__ = ['PAD', 'TEXT', 'STATE', 'ACTION', 'FORMAT', 'SHIPPED', 'CALIBRATION', 'tree_attention_mask', 'ModelSpec', 'KalmLM',
+           'try_out_backbone', 'read_checkpoint_header', 'keep_threshold', 'upgrade_header']
 
 # %% ../../nbs/lm/30_model.ipynb #d52fc7fe
 PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # kinds of element
@@ -438,7 +438,7 @@ def _model_of(c: dict, folder: Path, backbone: str | None, dtype: torch.dtype) -
                 features=Features(**c["features"]), hidden=c["hidden"], prompts=c["prompts"], domain=c["domain"],
                 action_head=c.get("action_head", "gaussian"))
     lm.normalise(Normaliser(**c["normaliser"]))
-    lm.sure = c.get("sure")
+    lm.sure = _threshold(folder, c)
     return lm.adapt(Adapter(**c["adapter"])) if c["adapter"] else lm
 
 
@@ -452,6 +452,24 @@ def read_checkpoint_header(folder: Path) -> dict:
     if made and c["format"] == FORMAT and made != digest_of(c):
         raise ValueError(f"{path} differs from what {folder/'model.safetensors'} was stored with: damaged or changed")
     return c
+
+
+CALIBRATION = "calibration.json"
+
+
+def keep_threshold(folder: str | Path, sure: float) -> None:
+    "Note how sure a stored model has to be of key words (`kalm.lm.explain.calibrate`). Its weights stay as they are."
+    header = read_checkpoint_header(Path(folder))
+    save_json(Path(folder)/CALIBRATION, dict(checkpoint=digest_of(header), sure=real_number("sure", sure, 0, 1)))
+
+
+def _threshold(folder: Path, header: dict) -> float | None:
+    "What was noted later, of this very checkpoint, else what it was stored with."
+    path = folder/CALIBRATION
+    noted = load_json(path) if path.exists() else dict(checkpoint=None)
+    if not isinstance(noted, dict) or "checkpoint" not in noted:
+        raise ValueError(f"{path} is damaged or was changed by hand: delete it")
+    return noted["sure"] if noted["checkpoint"] == digest_of(header) else header.get("sure")
 
 
 def _load_grounded(folder: Path, backbone: str | None, dtype: torch.dtype) -> KalmLM:

@@ -14,13 +14,13 @@ from fastcore.basics import patch
 from ..core.domain import Domain, judge_success
 from ..core.goals import Goal
 from ..core.rollouts import Rollouts
-from .explain import check_words, meaning
+from .explain import check_words, meaning, named_goals
 from .generate import Imagination, can_judge, check_request, generate, imagined, some_of, step_limits, stop_of
 from .model import KalmLM
 from .reading import MAX_TOKENS, Reader
 
 # %% auto #0
-__all__ = ['parts_of', 'named_goals', 'PartByPart', 'imagine_by_parts']
+__all__ = ['parts_of', 'PartByPart', 'imagine_by_parts']
 
 # %% ../../nbs/lm/75_parts.ipynb #8995f732
 def parts_of(lm: KalmLM | Reader, domain: Domain, texts: Sequence[str], batch_size: int = 128) -> list[list[Goal]]:
@@ -32,19 +32,6 @@ def parts_of(lm: KalmLM | Reader, domain: Domain, texts: Sequence[str], batch_si
         said = [m.words for m in meaning(lm, texts, max_tokens=MAX_TOKENS, batch_size=batch_size)]
     return [named_goals(domain, words) for words in said]
 
-
-def named_goals(domain: Domain, words: str) -> list[Goal]: # in order; none where a part names no taught goal
-    """The taught goals that key words name, parts joined by `;`.
-
-    Returns
-    -------
-    list[Goal]
-        in order; none where a part names no taught goal
-    """
-    known = {domain.words.meaning(g): g for g in reversed(domain.goals(domain.levels[0]))}
-    known.pop("", None)
-    parts = dict.fromkeys(part.strip() for part in words.split(";"))
-    return [known[part] for part in parts] if all(part in known for part in parts) else []
 
 # %% ../../nbs/lm/75_parts.ipynb #67097063
 class PartByPart:

@@ -15,10 +15,9 @@ from ..core.domain import Domain
 from ..core.episodes import evaluate, replay
 from ..core.goals import Goal
 from ..core.rollouts import Rollout, Rollouts
-from ..lm.explain import calibrate, explain
+from ..lm.explain import calibrate, explain, named_goals
 from ..lm.imagine import imagine
 from ..lm.model import KalmLM
-from ..lm.parts import named_goals
 from ..lm.reading import checked_meanings
 from .strips import compare_strip, film_strip, rollout_frames, step_text
 

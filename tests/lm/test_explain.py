@@ -13,11 +13,13 @@ from kalm.core.rollouts import Rollouts
 from kalm.lm.explain import (
     AGREES,
     CONTRADICTS,
+    EVERYDAY,
     NOT_JUDGED,
     NOT_UNDERSTOOD,
     Answer,
     FilterScores,
     Meaning,
+    calibrate,
     caption,
     explain,
     meaning,
@@ -140,6 +142,17 @@ def test_below_the_threshold_a_sentence_is_not_understood(lively):
         with pytest.raises(ValueError, match=message):
             meaning(lively, texts, **settings)
 
+
+@pytest.mark.parametrize("novel, nonsense, expected", [
+    ([("right", .7), ("left", .8)], ("", .9), 0),           # all is read correctly, and nonsense names no goal
+    ([("left", .7), ("left", .8)], ("", .9), .8),           # the less sure reading is wrong
+    ([("left", .7), ("right", .8)], ("", .9), 1),           # both are wrong, but taught sentences have to pass
+    ([("right", .7), ("left", .8)], ("left", .6), .6)])     # nonsense is taken for a goal
+def test_where_the_threshold_is_drawn(novel, nonsense, expected, lively, domain, monkeypatch):
+    said = dict(zip([g.text for g in domain.goals("rephrase")], novel)) | dict.fromkeys(EVERYDAY, nonsense)
+    taught = {g.text: ("right", .95) for g in domain.goals("offline")}
+    monkeypatch.setattr(explain_module, "meaning", lambda lm, texts: [Meaning(*(said | taught)[t]) for t in texts])
+    assert calibrate(lively, domain) == pytest.approx(min(expected, .95))
 
 
 @pytest.mark.parametrize("texts, message", [("go left", r"give \[text\]"), (["go", "  "], "blank")])

@@ -14,7 +14,18 @@ from kalm.core.domain import Features
 from kalm.core.files import numpy_rng, sha256
 from kalm.lm.backbone import backbone_folder, load_backbone
 from kalm.lm.maps import Normaliser
-from kalm.lm.model import ACTION, FORMAT, PAD, STATE, TEXT, Adapter, KalmLM, tree_attention_mask, upgrade_header
+from kalm.lm.model import (
+    ACTION,
+    FORMAT,
+    PAD,
+    STATE,
+    TEXT,
+    Adapter,
+    KalmLM,
+    keep_threshold,
+    tree_attention_mask,
+    upgrade_header,
+)
 from kalm.tensors.store import load_tensors, save_tensors, torch_rng
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -600,6 +611,21 @@ def test_a_header_that_is_no_header_is_refused(content, saved):
     (saved[1]/"kalm.json").write_text(content)
     with pytest.raises(ValueError, match="kalm.json"):
         KalmLM.from_pretrained(saved[1])
+
+
+def test_a_threshold_belongs_to_one_checkpoint(saved):
+    lm, folder = saved
+    keep_threshold(folder, .7)
+    assert KalmLM.from_pretrained(folder).sure == .7
+    lm.sure = .4
+    lm.save_pretrained(folder)   # another one by now
+    assert KalmLM.from_pretrained(folder).sure == .4
+    for content in ("{", "[]", "7"):
+        (folder/"calibration.json").write_text(content)
+        with pytest.raises(ValueError, match="calibration.json"):
+            KalmLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="sure 2: expected"):
+        keep_threshold(folder, 2)
 
 
 def test_a_changed_header_is_refused(saved):
