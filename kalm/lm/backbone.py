@@ -42,6 +42,8 @@ def convert_gguf(gguf: str | Path,   # a file
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     gguf = Path(gguf)
+    if not gguf.is_file():
+        raise FileNotFoundError(f"{gguf}: expected a GGUF file")
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     left_out = ("quantization_config", "_name_or_path", "dtype")
     config = {k: v for k, v in read.config.to_dict().items() if k not in left_out}

@@ -17,6 +17,7 @@ from kalm.lm.backbone import (
     add_lora,
     backbone_folder,
     beginning_of_text,
+    convert_gguf,
     core_of,
     grouped_attention,
     load_backbone,
@@ -230,3 +231,9 @@ def test_a_model_without_linear_layers_is_not_adapted():
 def test_bad_ranks():
     with pytest.raises(ValueError, match="rank 0: expected a whole number, at least 1"):
         Adapter(rank=0)
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a GGUF file"):
+        convert_gguf(tmp_path/"model.gguf", tmp_path/"out")
+    assert not (tmp_path/"out").exists()
