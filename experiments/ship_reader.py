@@ -16,7 +16,7 @@ import torch
 import kalm
 from kalm.core.domain import Domain
 from kalm.lm.explain import calibrate
-from kalm.lm.model import KalmLM, keep_threshold
+from kalm.lm.model import CALIBRATION, KalmLM, keep_threshold
 from kalm.lm.reading import Reader, keep_meanings, reading_folder
 
 
@@ -34,7 +34,8 @@ def ship(lm: KalmLM, d: Domain, out: Path) -> None:
     "With its threshold and what it says of every sentence."
     lm.sure = round(calibrate(lm, d), 4)
     lm.save_pretrained(out)
-    (out / "meanings.json").unlink(missing_ok=True)
+    for older in ("meanings.json", CALIBRATION):
+        (out / older).unlink(missing_ok=True)
     reader = Reader(d.name, out, names=d.words.names, cache=Path("runs/reader/meanings"))
     texts = [goal.text for level in d.levels for goal in d.goals(level)]
     keep_meanings(out / "meanings.json", dict(zip(texts, reader.read(texts))), reader.spec())

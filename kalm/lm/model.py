@@ -466,8 +466,8 @@ def keep_threshold(folder: str | Path, sure: float) -> None:
 def _threshold(folder: Path, header: dict) -> float | None:
     "What was noted later, of this very checkpoint, else what it was stored with."
     path = folder/CALIBRATION
-    noted = load_json(path) if path.exists() else dict(checkpoint=None)
-    if not isinstance(noted, dict) or "checkpoint" not in noted:
+    noted = load_json(path) if path.exists() else dict(checkpoint=None, sure=None)
+    if not isinstance(noted, dict) or not {"checkpoint", "sure"} <= {*noted}:
         raise ValueError(f"{path} is damaged or was changed by hand: delete it")
     return noted["sure"] if noted["checkpoint"] == digest_of(header) else header.get("sure")
 

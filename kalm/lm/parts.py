@@ -32,7 +32,6 @@ def parts_of(lm: KalmLM | Reader, domain: Domain, texts: Sequence[str], batch_si
         said = [m.words for m in meaning(lm, texts, max_tokens=MAX_TOKENS, batch_size=batch_size)]
     return [named_goals(domain, words) for words in said]
 
-
 # %% ../../nbs/lm/75_parts.ipynb #67097063
 class PartByPart:
     "Rollouts under construction whose goals were taken apart. `plans` has the parts of each row; none: it stays."

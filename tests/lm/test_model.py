@@ -620,7 +620,7 @@ def test_a_threshold_belongs_to_one_checkpoint(saved):
     lm.sure = .4
     lm.save_pretrained(folder)   # another one by now
     assert KalmLM.from_pretrained(folder).sure == .4
-    for content in ("{", "[]", "7"):
+    for content in ("{", "[]", "7", '{"checkpoint": "x"}'):
         (folder/"calibration.json").write_text(content)
         with pytest.raises(ValueError, match="calibration.json"):
             KalmLM.from_pretrained(folder)
