@@ -64,7 +64,7 @@ def _story(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     text = _pick(rng, phrases()["stories"][side])
     return text, text.index("{y}") < text.index("{x}")
 
-
+# %% ../../nbs/clevr/45_scenes.ipynb #b9d08b42
 def _changed(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "It stood the other way round, and is turned, or is about to be; and whether the place of y was told."
     before, about_y = (_story if rng.random() < .1 else _clause)(rng, OPPOSITE[side])
@@ -84,7 +84,7 @@ def _lacking(rng: np.random.Generator, side: str) -> str:
     missing = f"{{x}} is {_pick(rng, phrases()['nots'])} {_pick(rng, relations)} {{y}}"
     return _pick(rng, phrases()["lacking"]).replace("{s}", missing)
 
-
+# %% ../../nbs/clevr/45_scenes.ipynb #1e5d3ae9
 def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     "A text by which x ends up on this side of y, and whether it tells the place of y."
     chance = rng.random()
@@ -102,7 +102,6 @@ def _told(rng: np.random.Generator, side: str) -> tuple[str, bool]:
     if chance < .77 and "?" not in text:
         return _pick(rng, phrases()["not_yet" if rng.random() < .5 else "wanted"]).replace("{s}", text), about_y
     return text, about_y
-
 
 # %% ../../nbs/clevr/45_scenes.ipynb #3e20535f
 _VIEWER = re.compile(r"\b(to|from|towards|of|than|at|by|between|before|with|for|away from|near) the viewer\b(?!')")

@@ -270,7 +270,7 @@ def score_explanations(texts: Sequence[str], # one for each rollout
     ball, order, direction, true = np.array(rows, bool).reshape(-1, 4).T
     return ExplanationScores(ball, order, direction, order & direction, true)
 
-
+# %% ../../nbs/clevr/50_words.ipynb #77d5fe3a
 def _pair_and_side(goal: Goal) -> tuple[tuple[str, ...], str]:
     return (goal.task["source"], goal.task["target"]), goal.task["direction"]
 

@@ -313,7 +313,7 @@ def collect(domain: Domain,
             shutil.rmtree(folder/"shards", ignore_errors=True)
     return result
 
-
+# %% ../../nbs/core/80_episodes.ipynb #0f3005b6
 def collect_shard(domain: Domain, goals: Sequence[Goal], n: int,
                   shard: int,                        # 0 to shards_of(n) - 1
                   policy: str | None = None, seed: int = 0,
@@ -334,7 +334,7 @@ def shards_of(n: int) -> int:
     "How many shards `n` rollouts are collected in."
     return -(-n // SIDE_BY_SIDE)
 
-
+# %% ../../nbs/core/80_episodes.ipynb #d42a373b
 def _job_of(domain: Domain, goals: Sequence[Goal], n: int, policy: str | None, seed: int, keep_failures: bool | None
            ) -> tuple[_Job, np.ndarray]:
     "What is to be done, and the goal of each of `n` rollouts."

@@ -181,7 +181,7 @@ def _intact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
 
-
+# %% ../../nbs/core/10_files.ipynb #3d273298
 def sweep(folder: Path, older: float = 0. # than so many seconds
          ) -> None:
     """Remove what killed processes left half-written in a folder that no other process works in.

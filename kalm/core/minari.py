@@ -85,7 +85,7 @@ def _episode(r: Rollout, goal: int):
                          actions=r.actions, rewards=r.rewards, terminations=last & (end in ("success", "failure")),
                          truncations=last & (end == "truncated"))
 
-
+# %% ../../nbs/core/45_minari.ipynb #27f1dd60
 @contextmanager
 def _published(minari: ModuleType, dataset_id: str) -> Iterator[None]:
     "Let Minari write into a temporary folder inside the `with`; then the data set takes its place."

@@ -386,7 +386,7 @@ def positions(examples: Examples, start: tuple[int, int]) -> Iterator[tuple[int,
             yield epoch, k
         epoch, i = epoch + 1, 0
 
-
+# %% ../../nbs/lm/50_ground.ipynb #4b8578d7
 STORE_AFTER = 300   # seconds between stored states, where steps are slow
 
 
@@ -517,7 +517,7 @@ def ground(domain: Domain, rollouts: Rollouts, # real ones, of this domain
         accelerator.wait_for_everyone()
     return lm
 
-
+# %% ../../nbs/lm/50_ground.ipynb #5afe94d6
 @patch
 def run(self: Training, until: float | None, callback: Callable | None, bar) -> None:
     "All steps that there is time for; the state is stored at the end."

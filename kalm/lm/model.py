@@ -453,7 +453,7 @@ def read_checkpoint_header(folder: Path) -> dict:
         raise ValueError(f"{path} differs from what {folder/'model.safetensors'} was stored with: damaged or changed")
     return c
 
-
+# %% ../../nbs/lm/30_model.ipynb #3a20920b
 CALIBRATION = "calibration.json"
 
 

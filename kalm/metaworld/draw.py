@@ -43,7 +43,7 @@ def _draw_action(ax, hand: np.ndarray, action: np.ndarray) -> None:
         ax.add_patch(FancyArrow(x, y, u - x, v - y, width=.008, head_width=.035, length_includes_head=True, fc=colour,
                                 ec="k", lw=.5, zorder=6))
 
-
+# %% ../../nbs/metaworld/60_draw.ipynb #32369ecb
 def draw(ax, state: np.ndarray, before: np.ndarray | None = None, action: np.ndarray | None = None,
          goal: Goal | None = None) -> None:
     "A state (21,) on matplotlib axes; lines from where things were `before` it, an arrow for the action (4,)."

@@ -50,7 +50,7 @@ def _make_coffee(seen: np.ndarray, first: np.ndarray) -> np.ndarray:
         return _towards(hand, hand, -1)
     return _towards(hand, np.array([hand[0], min(hand[1], place[1] - .06), hand[2] + .1]), -1)
 
-
+# %% ../../nbs/metaworld/40_expert.ipynb #37f806e2
 HINGE = np.array([-.376, .045])   # from the handle of the shut door, m
 
 

@@ -151,7 +151,7 @@ def _by_task(goals: Sequence[Goal], index, states: np.ndarray, start: np.ndarray
         out[rows] = judge(TASKS[name], rows, start[rows])
     return out
 
-
+# %% ../../nbs/metaworld/10_tasks.ipynb #91f0cd23
 def success_rows(goals: Sequence[Goal], index, # (B,) which goal each row pursues
                  states: np.ndarray, # (B, ..., 21)
                  start: np.ndarray   # (B, 21)

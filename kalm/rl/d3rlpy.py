@@ -115,7 +115,7 @@ def from_d3rlpy(path: str | Path,               # HDF5, of `to_d3rlpy` or of d3r
                          "kind of file") from None
     return _known(episodes, own, about, str(path)) if own else _of_others(episodes, goal, codec)
 
-
+# %% ../../nbs/rl/80_d3rlpy.ipynb #b1037d22
 def _known(episodes: list[dict], own: dict, about: dict, where: str) -> Rollouts:
     "What `to_d3rlpy` wrote."
     width, codec = own["last"].shape[1], actions_from_spec(about["actions"]) if about["actions"] else None

@@ -91,7 +91,7 @@ def _about_presets() -> str:
     head = "presets of CLEVR-Robot (`kalm presets --domain D` has those of others, and what they compute):"
     return "\n".join([head, *(f"  {p.name:11} {p.about}" for p in CLEVR.values())])
 
-
+# %% ../../nbs/run/70_command.ipynb #85c9f029
 def _add_domain(s: argparse.ArgumentParser) -> None:
     s.add_argument("--domain", default="clevr", help="a domain's name, or package.module:object (default clevr)")
 

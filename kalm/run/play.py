@@ -86,7 +86,7 @@ def understand(lm: KalmLM, domain: Domain, text: str,
 def _words_of(text: str) -> set[str]:
     return {*re.findall(r"\w+", text.lower())}
 
-
+# %% ../../nbs/run/57_play.ipynb #be520bc5
 def asked(domain: Domain, understood: Understood) -> Goal:
     "A goal in the words that were typed, judged by what was understood; `ValueError` where nothing was."
     if not understood.goals:
@@ -134,7 +134,7 @@ class Played:
 def _ended(r: Rollout) -> str:
     return f"{'met' if r.success else 'not met'}, {len(r)} step{'s' * (len(r) != 1)}"
 
-
+# %% ../../nbs/run/57_play.ipynb #3bbd3900
 def play_imagined(lm: KalmLM, domain: Domain, text: str,
                   n: int = 4,                    # how many rollouts
                   seed: int = 0,                 # decides their starts

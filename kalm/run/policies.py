@@ -154,7 +154,7 @@ def _kept(own: SentenceEncoder, texts: list[str]) -> SentenceEncoder:
         own.keep(texts, SentenceEncoder().encode(texts))
     return own
 
-
+# %% ../../nbs/run/40_policies.ipynb #b0470b7d
 def whitening_of(run: Run, encoder: Encoder) -> Whitening | None:
     """One for all policies of a run, fitted on the taught sentences.
 
@@ -224,7 +224,7 @@ def make_room(run: Run, job: Job) -> None:
         with lock_file(run.out/"results.csv"):   # jobs are trained side by side
             cut_csv(run.out/"results.csv", lambda row: row["method"] != job.method)
 
-
+# %% ../../nbs/run/40_policies.ipynb #82cd428f
 def train_stage(run: Run) -> None:
     "policies/: every algorithm with and without imagined rollouts, every seed."
     p, minutes = run.preset, run.minutes_left()
@@ -325,7 +325,7 @@ def rows_of(run: Run) -> list[Row]:
                 rows += [Row(job.method, level, seed, step, folder) for level in judged_on(p, d, job)]
     return rows + [Row(name, level, p.seed) for name in ("lm", "lm-bc") if name in p.baselines for level in d.levels]
 
-
+# %% ../../nbs/run/40_policies.ipynb #e011d4d0
 ACTED = 100  # episodes of each method and level that are kept to look at
 
 
@@ -369,7 +369,7 @@ def own_results(run: Run) -> list[dict[str, str]]:
                              "delete the line")
     return found
 
-
+# %% ../../nbs/run/40_policies.ipynb #5adca0ee
 def evaluate_stage(run: Run) -> None:
     "results.csv: a row for each method, level, seed and checkpoint; episodes/: how each ended; acted/: some whole."
     path, rows = run.out/"results.csv", rows_of(run)

@@ -155,7 +155,7 @@ def _imagined_level(folder: Path) -> tuple[Rollouts, dict]:
         raise ValueError(f"{folder/'quality.json'} is damaged or was changed by hand")
     return made, worth
 
-
+# %% ../../nbs/run/30_stages.ipynb #eb54ddda
 def _imagine_level(run: Run, lm: KalmLM, level: str, plan: Imagined, folder: Path) -> None:
     "All shards of a level; those that passed the filter, made possible where they were not."
     raw, passed = _shards(run, lm, level, plan, folder)

@@ -62,7 +62,7 @@ def in_processes(run: Run, f: Callable, calls: Sequence[Call],
     finally:
         pool.shutdown(cancel_futures=True)
 
-
+# %% ../../nbs/run/25_workers.ipynb #8cee437e
 def _about(run: Run) -> tuple:
     "What another process opens the run by."
     return run.preset, run.spec, str(run.out.resolve())
@@ -123,7 +123,7 @@ def _knock(address: str) -> None:
     if host:
         socket.create_connection((host, int(port)), timeout=5).close()
 
-
+# %% ../../nbs/run/25_workers.ipynb #b86e354d
 def _on_cluster(run: Run, f: Callable, calls: Sequence[Call], threads: int) -> Iterator[tuple]:
     if not run.spec:
         raise ValueError("other machines find a domain by its name: give package.module:object, not the object")
