@@ -34,3 +34,26 @@ def test_variants_differ_from_their_base():
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("half", "share_50", "imagined_won", "apart"):   # as without imagination as `base` is
         assert name in done.stdout
+
+
+def test_only_the_front_run_leaves_episodes(tmp_path):
+    """The best run of another world keeps its rows; the episodes on show stay those of CLEVR-Robot."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        import publish as tool
+        from kalm.core.domain import domain
+        from kalm.run.folder import Run
+        from kalm.run.presets import preset
+        tool.rows_of = lambda run: []
+        for name in ("clevr", "metaworld"):
+            folder = Path(sys.argv[1])/name
+            Run(preset(domain(name), "best"), name, folder)
+            (folder/"acted"/"bc+kalm").mkdir(parents=True)
+            (folder/"acted"/"bc+kalm"/f"{name}.npz").write_bytes(b"episodes")
+            print(tool.publish(folder, Path(sys.argv[1])/"results", "best"))"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    done = python("-c", script, str(tmp_path), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [p.name for p in (tmp_path / "results").rglob("*.npz")] == ["clevr.npz"]
+    assert (tmp_path / "results" / "metaworld-best.csv").exists()

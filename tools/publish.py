@@ -32,7 +32,7 @@ def publish(folder: Path, out: Path, front: str) -> str:
         writer = csv.DictWriter(f, RESULT_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    episodes = sorted((folder/"acted").glob("*+kalm/*.npz")) if settings["name"] == front else []
+    episodes = sorted((folder/"acted").glob("*+kalm/*.npz")) if name == front else []
     for path in episodes:
         with atomic_write(out/"acted"/path.parent.name/path.name) as tmp:
             shutil.copyfile(path, tmp)
