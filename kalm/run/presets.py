@@ -22,7 +22,7 @@ from ..rl.td3bc import TD3BC
 
 # %% auto #0
 __all__ = ['GOALS', 'CLEVR_GROUND', 'TINY_GROUND', 'OURS', 'ALL_BASELINES', 'CLEVR', 'METAWORLD_GROUND', 'METAWORLD_MIXING',
-           'METAWORLD', 'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset', 'ours', 'clevr_levels',
+           'METAWORLD_CQL', 'METAWORLD', 'PRESETS', 'Training', 'Imagined', 'Mixing', 'Preset', 'ours', 'clevr_levels',
            'metaworld_levels', 'metaworld_trainings', 'novel_levels', 'algorithms_for', 'generic', 'presets_for',
            'check_preset', 'preset']
 
@@ -226,6 +226,9 @@ def metaworld_trainings(steps: int) -> tuple[Training, ...]:
     return Training(BC(batch_size=256, head="deterministic"), steps), Training(td3bc, steps)
 
 
+METAWORLD_CQL = CQL.continuous(batch_size=64, lr=1e-3, actor_lr=3e-4, alpha=20.)   # chosen on *offline*
+
+
 METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
     Preset("smoke", "tries every stage with a toy language model, two minutes", 80, 80, TINY_GROUND,
            metaworld_levels(8, 8, 8, tries=2), metaworld_trainings(60), shipped=False, imagine_steps=4, seeds=1,
@@ -235,7 +238,7 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
            episodes=200),
     Preset("best", "all real rollouts, more episodes, CQL, and what an expert and the language model do; two hours",
            12_800, 12_800, METAWORLD_GROUND, metaworld_levels(1000, 800, 400),
-           (*metaworld_trainings(15_000), Training(CQL.continuous(), 10_000)), imagine_steps=40, episodes=350,
+           (*metaworld_trainings(15_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
            baselines=("oracle", "lm")),
     Preset("checkpoint", "how a checkpoint is grounded", 12_800, 12_800, METAWORLD_GROUND,
            metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), shipped=False, imagine_steps=40),
