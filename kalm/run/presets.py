@@ -238,7 +238,7 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
            episodes=200),
     Preset("best", "all real rollouts, more episodes, CQL, and what an expert and the language model do; two hours",
            12_800, 12_800, METAWORLD_GROUND, metaworld_levels(1000, 800, 400),
-           (*metaworld_trainings(15_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
+           (*metaworld_trainings(30_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
            baselines=("oracle", "lm")),
     Preset("checkpoint", "how a checkpoint is grounded", 12_800, 12_800, METAWORLD_GROUND,
            metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), shipped=False, imagine_steps=40),
