@@ -170,6 +170,8 @@ class BC:
         of the policy's draws; 0 takes the likeliest action, as the paper does
     head
         of continuous actions; "deterministic": absolute error, nothing to draw from
+    averaging
+        share of a step in the average of weights that acts; 0: the last weights act
     """
     batch_size: int = 100
     lr: float = 1e-3
@@ -177,10 +179,11 @@ class BC:
     hidden: int = 256
     temperature: float = 0.   # of the policy's draws; 0 takes the likeliest action, as the paper does
     head: str = "gaussian"    # of continuous actions; "deterministic": absolute error, nothing to draw from
+    averaging: float = 0.     # share of a step in the average of weights that acts; 0: the last weights act
     name = "bc"
 
     def __post_init__(self):
-        check_numbers(self, dict(batch_size=1, hidden=1))
+        check_numbers(self, dict(batch_size=1, hidden=1), dict(averaging=1))
         if self.head not in ("gaussian", "deterministic"):
             raise ValueError(f"head {self.head!r}: expected gaussian or deterministic")
 

@@ -331,6 +331,8 @@ class CQL:
         continuous: share by which the critics' copies move in a step
     samples
         continuous: actions from each of three distributions, for the conservative term
+    averaging
+        share of a step in the average of weights that acts; 0: the last weights act
     """
     batch_size: int = 32
     lr: float = 6.25e-5       # of the values
@@ -342,10 +344,12 @@ class CQL:
     actor_lr: float = 1e-4    # continuous: of the actor and of the weight of its entropy
     tau: float = .005         # continuous: share by which the critics' copies move in a step
     samples: int = 10         # continuous: actions from each of three distributions, for the conservative term
+    averaging: float = 0.     # share of a step in the average of weights that acts; 0: the last weights act
     name = "cql"
 
     def __post_init__(self):
-        check_numbers(self, dict(batch_size=1, hidden=1, target_every=1, samples=1), dict(discount=1, tau=1))
+        check_numbers(self, dict(batch_size=1, hidden=1, target_every=1, samples=1),
+                      dict(discount=1, tau=1, averaging=1))
 
     @classmethod
     def continuous(cls, **changes) -> CQL:

@@ -182,6 +182,8 @@ class TD3BC:
         where it is clipped
     actor_every
         steps between moves of the actor and of the slow copies
+    averaging
+        share of a step in the average of weights that acts; 0: the last weights act
     """
     batch_size: int = 256
     lr: float = 3e-4
@@ -192,11 +194,12 @@ class TD3BC:
     noise: float = .2         # std of the noise on the target's actions, -1 to 1 being the box
     most_noise: float = .5    # where it is clipped
     actor_every: int = 2      # steps between moves of the actor and of the slow copies
+    averaging: float = 0.     # share of a step in the average of weights that acts; 0: the last weights act
     name = "td3bc"
     temperature = 0.          # a deterministic actor has nothing to draw from
 
     def __post_init__(self):
-        check_numbers(self, dict(batch_size=1, hidden=1, actor_every=1), dict(discount=1, tau=1))
+        check_numbers(self, dict(batch_size=1, hidden=1, actor_every=1), dict(discount=1, tau=1, averaging=1))
 
     def learner(self, replay: Replay, seeds: Sequence[int]) -> Learner:
         "Fresh networks and their optimisers, one a seed; `ValueError` for discrete actions."

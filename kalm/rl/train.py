@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Learner:
         self.networks, self.optimisers = dict(networks), dict(optimisers)
         self.policy_network, self.head = policy_network, head
         self.generators = {name: list(gs) for name, gs in (generators or {}).items()}
-        self.steps = 0
+        self.steps, self.averaging = 0, 0.
 
     def update(self, batch: Batch):
         """Step number `self.steps` (the first is 1) on a batch (n, B, ...).
@@ -70,6 +71,8 @@ class Learner:
         "One step of every seed; the loss record, detached."
         self.steps += 1
         record = self.update(batch)
+        if self.averaging:
+            self.move_average()
         return type(record)(*(getattr(record, f.name).detach() for f in fields(record)))
 
     @property
@@ -124,6 +127,31 @@ def adam(parameters, lr: float) -> torch.optim.Adam:
     "Adam, fused where the device can."
     parameters = list(parameters)
     return torch.optim.Adam(parameters, lr=lr, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+# %% ../../nbs/rl/40_train.ipynb #b40b71bb
+@patch
+def average(self: Learner,
+            share: float # what a step counts in the average, once 1 / share steps are done; until then all count alike
+           ) -> None:
+    """Let a running average of the policy's weights act in its place.
+
+    Parameters
+    ----------
+    share
+        what a step counts in the average, once 1 / share steps are done; until then all count alike
+    """
+    self.averaging, self.trained = share, self.networks[self.policy_network]
+    self.networks["average"] = deepcopy(self.trained).requires_grad_(False)
+    self.policy_network = "average"
+
+
+@patch
+@torch.no_grad()
+def move_average(self: Learner) -> None:
+    "After a step."
+    share = max(self.averaging, 1 / self.steps)
+    for mean, p in zip(self.networks["average"].parameters(), self.trained.parameters()):
+        mean.lerp_(p, share)
 
 # %% ../../nbs/rl/40_train.ipynb #991c38ca
 @patch
@@ -196,6 +224,8 @@ class _Training:
             raise ValueError(f"seeds {self.seeds}: expected at least one, no two alike")
         replay.counts(algorithm.batch_size)   # refuse a batch that cannot be divided before anything is written
         self.learner = algorithm.learner(replay, self.seeds)
+        if share := getattr(algorithm, "averaging", 0.):
+            self.learner.average(share)
         self.rngs = [torch_rng(s, algorithm.name, "batches") for s in self.seeds]
         self.out = Path(out) if out else None
         self.homes = [] if self.out is None else [self._home(s) for s in self.seeds]

@@ -222,11 +222,11 @@ METAWORLD_MIXING = Mixing(imagined_fraction=.25, goals="meaning")
 
 def metaworld_trainings(steps: int) -> tuple[Training, ...]:
     "BC and TD3+BC with our settings."
-    td3bc = TD3BC(lr=1e-3, alpha=.5)
-    return Training(BC(batch_size=256, head="deterministic"), steps), Training(td3bc, steps)
+    td3bc = TD3BC(lr=1e-3, alpha=.5, averaging=.001)
+    return Training(BC(batch_size=256, head="deterministic", averaging=.001), steps), Training(td3bc, steps)
 
 
-METAWORLD_CQL = CQL.continuous(batch_size=64, lr=1e-3, actor_lr=3e-4, alpha=20.)   # chosen on *offline*
+METAWORLD_CQL = CQL.continuous(batch_size=64, lr=1e-3, actor_lr=3e-4, alpha=20., averaging=.001)   # chosen on *offline*
 
 
 METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
@@ -238,7 +238,7 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
            episodes=200),
     Preset("best", "all real rollouts, more episodes, CQL, and what an expert and the language model do; two hours",
            12_800, 12_800, METAWORLD_GROUND, metaworld_levels(1000, 800, 400),
-           (*metaworld_trainings(30_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
+           (*metaworld_trainings(15_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
            baselines=("oracle", "lm")),
     Preset("checkpoint", "how a checkpoint is grounded", 12_800, 12_800, METAWORLD_GROUND,
            metaworld_levels(1000, 800, 400), metaworld_trainings(10_000), shipped=False, imagine_steps=40),
