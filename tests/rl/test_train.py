@@ -101,6 +101,7 @@ class Toy:
 CASES = {
     "bc": (BC(batch_size=8, hidden=16), {}),
     "bc-box": (BC(batch_size=8, hidden=16), dict(codec=BOX)),
+    "bc-averaged": (BC(batch_size=8, hidden=16, averaging=0.1), {}),
     "toy": (Toy(), dict(codec=BOX)),
 }
 LOOP = dict(every=Every(log=4, checkpoint=8))
@@ -136,6 +137,18 @@ def test_interrupted_equals_uninterrupted(algorithm, kind, tmp_path):
         assert same_tensors(tmp_path / "whole" / name, tmp_path / "cut" / name)
     for name in ("curve.csv", "request.json"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
+
+
+@pytest.mark.parametrize("algorithm", [BC(8, hidden=16, head="deterministic"), TD3BC(8, hidden=16), CQL(8, hidden=16)])
+def test_an_average_acts_and_what_is_trained_stays_the_same(algorithm, tmp_path):
+    b, averaged = replay(9, 9, codec=BOX), replace(algorithm, averaging=0.3)
+    for steps, same in ((1, True), (12, False)):   # the mean of one step's weights is these
+        plain = algorithm.fit(b, steps=steps, out=tmp_path / f"plain-{steps}")
+        mean = averaged.fit(b, steps=steps, out=tmp_path / f"mean-{steps}")
+        trained = [load_file(tmp_path / f"{name}-{steps}/training.safetensors") for name in ("plain", "mean")]
+        assert all(torch.equal(trained[0][k], trained[1][k]) for k in trained[0])
+        pairs = list(zip(plain.net.parameters(), mean.net.parameters()))
+        assert all(torch.equal(p, q) for p, q in pairs) is same
 
 
 @all_cases
@@ -192,6 +205,7 @@ def test_the_curve_holds_the_fields_of_the_loss(tmp_path):
     columns = {
         "bc": ["loss", "imitation", "penalty", "accuracy"],
         "bc-box": ["loss", "error", "std"],
+        "bc-averaged": ["loss", "imitation", "penalty", "accuracy"],
         "toy": ["loss", "critic", "actor", "alpha"],
     }
     for name, (algorithm, kind) in CASES.items():
