@@ -236,7 +236,7 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
     Preset("quick", "the whole method from the shipped checkpoint", 3200, 3200,
            METAWORLD_GROUND, metaworld_levels(1000, 800, 400), metaworld_trainings(15_000), imagine_steps=40,
            episodes=200),
-    Preset("best", "all real rollouts, more episodes, CQL, and what an expert and the language model do; two hours",
+    Preset("best", "the main table: all real rollouts, CQL, oracle rollouts, the language model; over an hour",
            12_800, 12_800, METAWORLD_GROUND, metaworld_levels(1000, 800, 400),
            (*metaworld_trainings(15_000), Training(METAWORLD_CQL, 10_000)), imagine_steps=40, episodes=350,
            baselines=("oracle", "lm")),
