@@ -5,7 +5,10 @@
 
 A variant differs in one respect from the preset of the run (`paper` and `paper_cql` in everything that we do otherwise)
 and learns from the run's real and imagined rollouts, with as many gradient steps (`short` with an eighth as many).
-Policies are told sentences, as the paper's are, except those of `told_*`, which go to results/told.csv.
+On CLEVR-Robot policies are told sentences, as the paper's are, except those of `told_*`, which go to results/told.csv.
+The table of a run in another domain has its name before `policy_ablations`:
+
+    python experiments/ablate_policies.py --run runs/metaworld-best --steps 15000 --episodes 100
 """
 
 import argparse
@@ -21,9 +24,10 @@ from kalm.core.files import load_json, numpy_rng
 from kalm.core.rollouts import Rollouts
 from kalm.rl.bc import BC
 from kalm.rl.cql import CQL
+from kalm.rl.td3bc import TD3BC
 from kalm.run.folder import Run, commit, need
 from kalm.run.policies import Job, datasets, encoder_of, evaluate_policy, jobs, rows_of, train_job
-from kalm.run.presets import GOALS, Mixing, Training, preset
+from kalm.run.presets import GOALS, METAWORLD_CQL, METAWORLD_MIXING, Mixing, Training, metaworld_trainings, preset
 from kalm.run.presets import OURS as PRESETS
 from kalm.run.workers import in_processes
 
@@ -53,10 +57,11 @@ def first_wordings(n: int) -> Callable[[Rollouts, str], Rollouts]:
 @dataclass(frozen=True)
 class Variant:
     "How policies are made; the defaults are those of the presets."
-    algorithm: BC | CQL = OUR_BC
+    algorithm: BC | CQL | TD3BC = OUR_BC
     mixing: Mixing = OURS
     imagined: Callable | None = None  # what is made of a level's imagined rollouts
     times: float = 1.                 # as many gradient steps as the others
+    levels: tuple = ()                # that are judged; all, if none is named
 
     @property
     def alone(self) -> bool:
@@ -74,7 +79,7 @@ def told(algorithm: BC | CQL, goals: str, whitening: float) -> Variant:
     return Variant(algorithm, replace(OURS, goals=goals, whitening=whitening))
 
 
-VARIANTS = dict(
+CLEVR = dict(
     base=Variant(), cql=Variant(OUR_CQL), paper=Variant(BC(), PAPERS),
     paper_cql=Variant(CQL(lr=OUR_CQL.lr, target_every=OUR_CQL.target_every), PAPERS),
     greedy=Variant(replace(OUR_BC, temperature=0.)), cql_greedy=Variant(replace(OUR_CQL, temperature=0.)),
@@ -93,13 +98,32 @@ VARIANTS = dict(
     share_10=mixed(imagined_fraction=.1), share_50=mixed(imagined_fraction=.5),
     share_75=mixed(imagined_fraction=.75), share_100=mixed(imagined_fraction=1.), short=Variant(times=1/8))
 
+BY_BC, BY_TD3BC = (training.algorithm for training in metaworld_trainings(1))
 
-def open_variant(base: Run, name: str, a: argparse.Namespace) -> Run:
+
+def arm(algorithm: BC | CQL | TD3BC, times: float = 1., levels: tuple = (), **change) -> Variant:
+    "A variant of Meta-World's policies."
+    return Variant(replace(algorithm, **change), METAWORLD_MIXING, times=times, levels=levels)
+
+
+def short_cql(**change) -> Variant:
+    "CQL as its settings were chosen: fewer steps, judged on taught sentences."
+    return arm(METAWORLD_CQL, 4 / 15, ("offline",), **change)
+
+
+METAWORLD = dict(
+    bc=arm(BY_BC), bc_last=arm(BY_BC, averaging=0.), td3bc=arm(BY_TD3BC), td3bc_last=arm(BY_TD3BC, averaging=0.),
+    cql_short=short_cql(), cql_last=short_cql(averaging=0.), cql_slow=short_cql(lr=3e-4, actor_lr=1e-4),
+    **{f"cql_alpha_{alpha}": short_cql(alpha=float(alpha)) for alpha in (1, 5, 50, 100)})
+
+VARIANTS = dict(clevr=CLEVR, metaworld=METAWORLD)
+
+
+def open_variant(base: Run, name: str, v: Variant, a: argparse.Namespace) -> Run:
     "A run folder of its own: the base's rollouts, other policies."
-    v = VARIANTS[name]
     p = replace(base.preset, name=f"{base.preset.name}-{name}", mixing=v.mixing, seeds=a.seeds, episodes=a.episodes,
                 trainings=(Training(v.algorithm, round(a.steps * v.times)),), checkpoints=1, baselines=())
-    run = Run(p, "clevr", a.out / name)
+    run = Run(p, base.domain.name, a.out / name)
     links = ["data", "grounded"] if v.imagined else ["data", "grounded", "imagined"]
     for folder in links:
         if not (run.out / folder).exists():
@@ -116,14 +140,15 @@ def counted(run: Run, job: Job) -> tuple[int, int]:
     return sum(imagined), real
 
 
-def measure(base: Run, name: str, a: argparse.Namespace) -> None:
+def measure(base: Run, name: str, v: Variant, a: argparse.Namespace) -> None:
     "Train and judge one variant, and add its rows."
-    run = open_variant(base, name, a)
-    todo = [job for job in jobs(run.preset) if VARIANTS[name].alone or job.source]
+    run = open_variant(base, name, v, a)
+    todo = [job for job in jobs(run.preset) if v.alone or job.source]
     encoder_of(run)   # reads sentences once, for all jobs
     list(in_processes(run, train_job, [(job, (job,)) for job in todo]))
     sizes = {job.method: counted(run, job) for job in todo}
-    rows = [row for row in rows_of(run) if row.folder and row.method in sizes]
+    judged = v.levels or run.domain.levels
+    rows = [row for row in rows_of(run) if row.folder and row.method in sizes and row.level in judged]
     for row, e in in_processes(run, evaluate_policy, [(row, (row,)) for row in rows]):
         imagined, real = sizes[row.method]
         about = dict(preset=base.preset.name, config=base.config, steps=row.step, commit=commit(), variant=name,
@@ -142,24 +167,28 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--only", nargs="+", help="variants")
     p.add_argument("--list", action="store_true", help="show the variants")
-    p.add_argument("--out", type=Path, default=Path("runs/policy_ablations"))
-    p.add_argument("--results", type=Path, default=Path("results/policy_ablations.csv"))
+    p.add_argument("--out", type=Path)
+    p.add_argument("--results", type=Path)
     return p.parse_args()
 
 
 def main() -> None:
     a = arguments()
-    if a.list:
-        return print("\n".join(VARIANTS))
-    unknown = set(a.only or ()) - set(VARIANTS)
-    if unknown:
-        raise SystemExit(f"unknown variants {', '.join(sorted(unknown))}: expected some of {', '.join(VARIANTS)}")
     settings = load_json(need(a.run / "config.json", "run"))
-    base = Run(preset(kalm.domain("clevr"), settings["name"]).with_seed(settings["seed"]), "clevr", a.run)
-    for name in a.only or VARIANTS:
-        steps = round(a.steps * VARIANTS[name].times)
+    domain = settings["domain"]
+    variants, table = VARIANTS[domain], ("" if domain == "clevr" else f"{domain}_") + "policy_ablations"
+    a.out, a.results = a.out or Path("runs") / table, a.results or Path("results") / f"{table}.csv"
+    if a.list:
+        return print("\n".join(variants))
+    unknown = set(a.only or ()) - set(variants)
+    if unknown:
+        raise SystemExit(f"unknown variants {', '.join(sorted(unknown))}: expected some of {', '.join(variants)}")
+    base = Run(preset(kalm.domain(domain), settings["name"]).with_seed(settings["seed"]), domain, a.run)
+    for name in a.only or variants:
+        v = variants[name]
+        steps = round(a.steps * v.times)
         if not there(a.results, config=base.config, variant=name, steps=steps, episodes=a.episodes):
-            measure(base, name, a)
+            measure(base, name, v, a)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def test_variants_differ_from_their_base():
         from dataclasses import replace
         every = variants(replace(preset(kalm.domain("clevr"), "checkpoint").ground, compose=0.))
         assert len(set(map(repr, every.values()))) == len(every) > 15
-        assert len({repr(v) for v in VARIANTS.values()}) == len(VARIANTS) > 15
-        print([name for name, v in VARIANTS.items() if not v.alone])"""
+        assert all(len({repr(v) for v in its.values()}) == len(its) > 5 for its in VARIANTS.values())
+        print([name for name, v in VARIANTS["clevr"].items() if not v.alone])"""
     path = os.pathsep.join([str(ROOT), str(ROOT / "experiments")])
     done = python("-c", script, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-2000:]
