@@ -65,10 +65,12 @@ class Variant:
 
     @property
     def alone(self) -> bool:
-        "Whether policies without imagined rollouts can differ from those of `base`."
-        def real(m: Mixing) -> tuple:
-            return m.last_steps, m.augment, m.whitening, m.goals
-        return self == Variant() or (self.algorithm, real(self.mixing), self.times) != (OUR_BC, real(OURS), 1.)
+        "Whether policies without imagined rollouts can differ from those of the first variant of their world."
+        def real(v: Variant) -> tuple:
+            m = v.mixing
+            return v.algorithm, v.times, m.last_steps, m.augment, m.whitening, m.goals
+        first = [next(iter(its.values())) for its in VARIANTS.values()]
+        return self in first or real(self) not in map(real, first)
 
 
 def mixed(**change) -> Variant:
@@ -111,10 +113,18 @@ def short_cql(**change) -> Variant:
     return arm(METAWORLD_CQL, 4 / 15, ("offline",), **change)
 
 
+def only(level: str) -> Callable[[Rollouts, str], Rollouts]:
+    "The imagined rollouts of one level."
+    return lambda r, its: r if its == level else r[:0]
+
+
 METAWORLD = dict(
     bc=arm(BY_BC), bc_last=arm(BY_BC, averaging=0.), td3bc=arm(BY_TD3BC), td3bc_last=arm(BY_TD3BC, averaging=0.),
     cql_short=short_cql(), cql_last=short_cql(averaging=0.), cql_slow=short_cql(lr=3e-4, actor_lr=1e-4),
-    **{f"cql_alpha_{alpha}": short_cql(alpha=float(alpha)) for alpha in (1, 5, 50, 100)})
+    **{f"cql_alpha_{alpha}": short_cql(alpha=float(alpha)) for alpha in (1, 5, 50, 100)},
+    **{f"only_{level}": replace(arm(BY_BC), imagined=only(level)) for level in ("rephrase", "easy", "hard")},
+    **{f"share_{percent}": replace(arm(BY_BC), mixing=replace(METAWORLD_MIXING, imagined_fraction=percent / 100))
+       for percent in (10, 50)})
 
 VARIANTS = dict(clevr=CLEVR, metaworld=METAWORLD)
 
