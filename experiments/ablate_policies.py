@@ -123,8 +123,8 @@ METAWORLD = dict(
     cql_short=short_cql(), cql_last=short_cql(averaging=0.), cql_slow=short_cql(lr=3e-4, actor_lr=1e-4),
     **{f"cql_alpha_{alpha}": short_cql(alpha=float(alpha)) for alpha in (1, 5, 50, 100)},
     **{f"only_{level}": replace(arm(BY_BC), imagined=only(level)) for level in ("rephrase", "easy", "hard")},
-    **{f"share_{percent}": replace(arm(BY_BC), mixing=replace(METAWORLD_MIXING, imagined_fraction=percent / 100))
-       for percent in (10, 50)})
+    **{f"share_{name}": replace(arm(BY_BC), mixing=replace(METAWORLD_MIXING, imagined_fraction=share))
+       for name, share in (("eighth", .125), ("half", .5))})
 
 VARIANTS = dict(clevr=CLEVR, metaworld=METAWORLD)
 
