@@ -233,7 +233,7 @@ METAWORLD = {p.name: replace(p, mixing=METAWORLD_MIXING) for p in (
     Preset("smoke", "tries every stage with a toy language model, two minutes", 80, 80, TINY_GROUND,
            metaworld_levels(8, 8, 8, tries=2), metaworld_trainings(60), shipped=False, imagine_steps=4, seeds=1,
            episodes=10),
-    Preset("quick", "the whole method from the shipped checkpoint", 3200, 3200,
+    Preset("quick", "the whole method from the shipped checkpoint; twenty minutes on two cores", 3200, 3200,
            METAWORLD_GROUND, metaworld_levels(1000, 800, 400), metaworld_trainings(15_000), imagine_steps=40,
            episodes=200),
     Preset("best", "the main table: all real rollouts, CQL, oracle rollouts, the language model; over an hour",
