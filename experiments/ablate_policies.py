@@ -184,12 +184,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = arguments()
+    if a.list:
+        return print("\n".join(f"{domain}: {', '.join(its)}" for domain, its in VARIANTS.items()))
     settings = load_json(need(a.run / "config.json", "run"))
     domain = settings["domain"]
+    if domain not in VARIANTS:
+        raise SystemExit(f"{a.run} is a run in {domain}, which has no variants: expected one in {', '.join(VARIANTS)}")
     variants, table = VARIANTS[domain], ("" if domain == "clevr" else f"{domain}_") + "policy_ablations"
     a.out, a.results = a.out or Path("runs") / table, a.results or Path("results") / f"{table}.csv"
-    if a.list:
-        return print("\n".join(variants))
     unknown = set(a.only or ()) - set(variants)
     if unknown:
         raise SystemExit(f"unknown variants {', '.join(sorted(unknown))}: expected some of {', '.join(variants)}")

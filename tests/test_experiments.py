@@ -28,11 +28,11 @@ def test_variants_differ_from_their_base():
         every = variants(replace(preset(kalm.domain("clevr"), "checkpoint").ground, compose=0.))
         assert len(set(map(repr, every.values()))) == len(every) > 15
         assert all(len({repr(v) for v in its.values()}) == len(its) > 5 for its in VARIANTS.values())
-        print([name for name, v in VARIANTS["clevr"].items() if not v.alone])"""
+        print([name for its in VARIANTS.values() for name, v in its.items() if not v.alone])"""
     path = os.pathsep.join([str(ROOT), str(ROOT / "experiments")])
     done = python("-c", script, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("half", "share_50", "imagined_won", "apart"):   # as without imagination as `base` is
+    for name in ("half", "share_50", "imagined_won", "apart", "only_hard", "share_eighth"):   # alone as the base is
         assert name in done.stdout
 
 

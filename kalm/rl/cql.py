@@ -19,7 +19,7 @@ from ..core.actions import DiscreteActions
 from ..core.settings import check_numbers
 from .policy import GoalMLPs, Policy, head_outputs, mean_and_log_std, scaled_actions
 from .replay import Batch, Replay
-from .train import Learner, adam, goal_mlps, train
+from .train import Learner, adam, goal_mlps, move_towards, train
 from ..tensors.store import torch_rng
 
 # %% auto #0
@@ -290,12 +290,10 @@ def _actor_step(self: _ContinuousLearner, batch: Batch, part: Tensor) -> tuple[T
 
 
 @patch
-@torch.no_grad()
 def _move_targets(self: _ContinuousLearner) -> None:
     "A small step of the copies towards the critics."
     for net, target in zip(self.critics, self.targets):
-        for p, t in zip(net.parameters(), target.parameters()):
-            t.lerp_(p, self.settings.tau)
+        move_towards(target, net, self.settings.tau)
 
 
 @patch

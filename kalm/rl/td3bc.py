@@ -18,7 +18,7 @@ from ..core.actions import DiscreteActions
 from ..core.settings import check_numbers
 from .policy import GoalMLPs, Policy, head_outputs, scaled_actions
 from .replay import Batch, Replay
-from .train import Learner, adam, goal_mlps, train
+from .train import Learner, adam, goal_mlps, move_towards, train
 from ..tensors.store import torch_rng
 
 # %% auto #0
@@ -159,10 +159,8 @@ def _actor_step(self: _TD3BCLearner, batch: Batch, data: Tensor) -> tuple[Tensor
     value = self.values(self.critics[:1], batch.states, action, batch.encodings)[0]
     losses, imitation = td3bc_actor_loss(value, action, data, self.settings.alpha, batch.weights)
     self.minimise("policy", losses)
-    with torch.no_grad():
-        for net, slow in self.pairs:
-            for p, t in zip(net.parameters(), slow.parameters()):
-                t.lerp_(p, self.settings.tau)
+    for net, slow in self.pairs:
+        move_towards(slow, net, self.settings.tau)
     return losses, imitation
 
 # %% ../../nbs/rl/70_td3bc.ipynb #9d59d134

@@ -25,7 +25,7 @@ from .replay import Batch, Replay
 from ..tensors.store import check_finite_tensors, fast_dtype, load_state, one_thread, save_state, torch_rng
 
 # %% auto #0
-__all__ = ['TRAINING_FORMAT', 'Learner', 'goal_mlps', 'adam', 'Every', 'train', 'steps_per_second']
+__all__ = ['TRAINING_FORMAT', 'Learner', 'goal_mlps', 'adam', 'move_towards', 'Every', 'train', 'steps_per_second']
 
 # %% ../../nbs/rl/40_train.ipynb #3b407578
 class Learner:
@@ -145,13 +145,17 @@ def average(self: Learner,
     self.policy_network = "average"
 
 
-@patch
 @torch.no_grad()
+def move_towards(copy: nn.Module, net: nn.Module, share: float) -> None:
+    "Move a copy's weights this share of the way towards a network's."
+    for slow, p in zip(copy.parameters(), net.parameters()):
+        slow.lerp_(p, share)
+
+
+@patch
 def move_average(self: Learner) -> None:
     "After a step."
-    share = max(self.averaging, 1 / self.steps)
-    for mean, p in zip(self.networks["average"].parameters(), self.trained.parameters()):
-        mean.lerp_(p, share)
+    move_towards(self.networks["average"], self.trained, max(self.averaging, 1 / self.steps))
 
 # %% ../../nbs/rl/40_train.ipynb #991c38ca
 @patch
